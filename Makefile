@@ -1,0 +1,29 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/rmft demo --out runs/demo
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check rmft_jax tests
+	$(BIN)/lint-imports --no-cache
+
+# Installs once: again only after the package's metadata or the tested versions have changed.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	@echo "setting up .venv (about a minute, once)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,100 @@
+"""`rmft bench`: paired measurements on the current device, one JSON object each."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import rmft_jax
+from rmft_jax.config import Config
+from rmft_jax.data.loader import batches
+from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.progress import track
+from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.mesh import batch_sharding, make_mesh
+from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.step import compile_train_step, init_state
+
+
+def bench_masking(config: Config, *, runs: int = 40) -> dict:
+    """Time the train step with masking on the device against the same step without, in turn, on the same batches.
+
+    Returns name, device, versions, unit, value and peer_value (medians, ms a step; the peer is the step without masking),
+    ratio (peer / ours), overhead_pct (median over the pairs), and runs: the pairs of samples in ms.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if not (config.data_dir / "manifest.json").exists():
+            config = dataclasses.replace(config, out=folder, data="")
+            prepare(config)
+        prepared = load_prepared(config)
+        blocks, _ = load_blocks(config, prepared)
+    mesh = make_mesh(config.mesh)
+    bank = jax.device_put(prepared.bank)
+    sharding = batch_sharding(mesh)
+    steppers = []
+    for policy in ("keep_first", "none"):
+        variant = dataclasses.replace(config, masking=dataclasses.replace(config.masking, policy=policy))
+        steppers.append(_stepper(variant, prepared, mesh, bank))
+    source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed)
+    pairs = []
+    for number in track(range(runs + 3), "bench masking", runs + 3):
+        batch = jax.device_put(next(source), sharding)
+        jax.block_until_ready(batch)
+        order = (0, 1) if number % 2 else (1, 0)  # neither always runs first
+        sample = {which: steppers[which](batch) for which in order}
+        if number >= 3:
+            pairs.append([sample[0], sample[1]])
+    ours, peer = np.median(pairs, axis=0)
+    overhead = [100 * (with_masking / without - 1) for with_masking, without in pairs]
+    return {
+        "name": "masking",
+        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
+        "versions": {"rmft_jax": rmft_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "unit": "ms/step",
+        "shape": {
+            "batch_size": config.training.batch_size,
+            "sequence_length": config.training.sequence_length,
+            "layers": config.model.layers,
+            "width": config.model.width,
+            "spans": blocks.max_spans,
+            "components": blocks.max_components,
+        },
+        "value": float(ours),
+        "peer": "the same step with masking.policy=none",
+        "peer_value": float(peer),
+        "ratio": float(peer / ours),
+        "overhead_pct": float(np.median(overhead)),
+        "overhead_pct_quartiles": [float(q) for q in np.percentile(overhead, [25, 75])],
+        "runs": [[round(a, 4), round(b, 4)] for a, b in pairs],
+    }
+
+
+def _stepper(config: Config, prepared, mesh, bank) -> Callable:
+    """Return a function that takes one step on a batch, its state kept, and returns the milliseconds."""
+    optimizer = make_optimizer(config.training, 1000)
+    state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)
+    step = compile_train_step(config, optimizer, mesh, state)
+    held = {"state": state}
+
+    def timed(batch) -> float:
+        begin = time.perf_counter()
+        held["state"], metrics = step(held["state"], batch, bank)
+        jax.block_until_ready((held["state"], metrics))
+        return 1000 * (time.perf_counter() - begin)
+
+    return timed
+
+
+BENCHES = {"masking": bench_masking}
+
+
+def run_bench(name: str, config: Config) -> dict:
+    """Run one benchmark by name."""
+    return BENCHES[name](config)
+
+

@@ -1,0 +1,187 @@
+"""The command line: every command calls one library function."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rmft_jax.errors import UserError
+
+app = typer.Typer(
+    help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
+    "The main job: prepare -> train (once as baseline, once with masking) -> audit -> compare -> report.\n\n"
+    "`rmft demo` does all of it on a bundled corpus. Any setting can follow a command as key.path=value.",
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as configs/enron_cpu.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key.path=value ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.command()
+def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Turn text into a tagged data set: PII found and ranked, text tokenised."""
+    from rmft_jax.config import load_config
+    from rmft_jax.data.prepare import prepare
+
+    settings = load_config(config, overrides or [])
+    manifest = prepare(settings)
+    if as_json:
+        print(json.dumps(manifest))
+        return
+    train = manifest["train"]
+    print(
+        f"{settings.data_dir}: {train['documents']:,} documents, {train['tokens']:,} tokens, "
+        f"{train['pii_occurrences']:,} PII occurrences of {manifest['pii_identities']:,} identities "
+        f"({manifest['pii_repeating_pct']:.1f}% of the occurrences repeat an earlier one); "
+        f"{manifest['heldout']['documents']:,} held-out documents; {manifest['skipped_documents']} skipped"
+    )
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train one model on prepared data; prints the run's directory."""
+    from rmft_jax.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from rmft_jax.training.loop import train
+
+    print(train(settings))
+
+
+@app.command()
+def audit(
+    runs: Annotated[list[str], typer.Argument(help="Run directories, then settings to change: audit.prompts=128 ...")],
+    reveal: Annotated[bool, typer.Option(help="Write leaked addresses themselves, not only keyed hashes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Attack every checkpoint of RUN...: what was memorized comes out as TER, SER, TEGR."""
+    from rmft_jax.memorization.extraction import audit
+
+    paths, overrides = _split(runs)
+    results = audit(paths, overrides, reveal=reveal)
+    if as_json:
+        print(json.dumps(results))
+        return
+    for path, result in zip(paths, results, strict=True):
+        last = result["checkpoints"][-1]["prompts"]["all"]
+        print(
+            f"{path / 'audit.json'}: at the last checkpoint {last['true_leaked']} of {result['identities']:,} training "
+            f"addresses leaked (TER {last['ter']:.2f}%, SER {last['ser']:.2f}%, TEGR {last['tegr']:.1f}%)"
+        )
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Audited run directories, one of them without a defence.")],
+    out: Annotated[Path | None, typer.Option(help="Where results.json goes [default: above the runs].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the baseline with each method: results.json and a table."""
+    from rmft_jax.memorization.compare import compare
+
+    paths, overrides = _split(runs)
+    where = out or (paths[0].parent.parent if paths[0].parent.name == "runs" else paths[0].parent)
+    results = compare(paths, where, overrides, command=_command())
+    print(json.dumps(results)) if as_json else _print_table(results)
+    print(f"wrote {where / 'results.json'}", file=sys.stderr)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A directory with results.json.")]) -> None:
+    """Write report.html beside results.json: one file, no network."""
+    from rmft_jax.files import read_json
+    from rmft_jax.report.html import write_report
+
+    results = read_json(directory / "results.json", "results", "run `rmft compare` first")
+    if not isinstance(results, dict) or results.get("schema") != 1:
+        raise UserError(f"{directory / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
+    print(write_report(results, directory / "report.html"))
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Another config [default: the bundled corpus].")] = None,
+    out: Annotated[str, typer.Option(help="Output directory.")] = "runs/demo",
+) -> None:
+    """Do the main job: prepare, train baseline, dedup and RMFT, audit, compare, report."""
+    from rmft_jax.config import load_config
+
+    settings = load_config(config, [f"out={out}", *(overrides or [])])
+    from rmft_jax.demo import demo
+
+    results, path = demo(settings)
+    _print_table(results)
+    print(f"report: {path}")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: masking.")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine, ours and the peer in turn in one run."""
+    from rmft_jax.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from rmft_jax.bench import BENCHES, run_bench
+
+    if name not in BENCHES:
+        raise UserError(f"unknown benchmark {name!r}: choose one of {', '.join(BENCHES)}")
+    result = run_bench(name, settings)
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"{result['name']} on {result['device']}: {result['value']:.2f} {result['unit']}")
+    print(f"  against {result['peer']}: {result['peer_value']:.2f} {result['unit']}, ratio {result['ratio']:.3f}")
+    print(f"  overhead {result['overhead_pct']:.2f}% (median of {len(result['runs'])} pairs)")
+
+
+def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Divide arguments into run directories and key=value overrides."""
+    overrides = [item for item in arguments if "=" in item and not Path(item).exists()]
+    paths = [Path(item) for item in arguments if item not in overrides]
+    if not paths:
+        raise UserError("no run was named: give at least one run directory")
+    return paths, overrides
+
+
+def _command() -> str:
+    return " ".join(["rmft", *sys.argv[1:]])
+
+
+def _print_table(results: dict) -> None:
+    from rich.console import Console
+
+    from rmft_jax.report.html import text_table
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(text_table(results))
+
+
+def main() -> None:
+    """Run the command line. Exit code 2 for a mistake the user can mend, 1 for a fault of ours, with its traceback."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; finished checkpoints are kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

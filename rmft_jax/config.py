@@ -1,0 +1,417 @@
+"""The configuration: frozen dataclasses, read from YAML, overridden by `key.path=value`, checked before any device is used.
+
+The defaults are a complete small experiment on the bundled synthetic corpus: what `rmft demo` runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from rmft_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where the text comes from.
+
+    format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line).
+    limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
+    heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by seed.
+    on_error: raise | skip (skipped documents are counted in the manifest).
+    """
+
+    format: str = "synthetic"
+    path: str = ""
+    text_field: str = "text"
+    separator: str = "<|endoftext|>"
+    limit: int = 500
+    max_characters: int = 0
+    heldout_path: str = ""
+    heldout_limit: int = 0
+    heldout_fraction: float = 0.1
+    on_error: str = "raise"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """A SentencePiece model trained on the corpus, its PII left out. vocab_size counts the 256 byte pieces."""
+
+    vocab_size: int = 2048
+    model_type: str = "bpe"
+
+
+@dataclass(frozen=True)
+class PiiConfig:
+    """What counts as personal data. ignore: normalised values that belong to nobody, such as no.address@enron.com."""
+
+    types: tuple[str, ...] = ("email",)
+    ignore: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """Randomized masking inside the train step.
+
+    policy: none | keep_first (replace every occurrence of a PII value but its first in the corpus; RMFT).
+    margin: tokens of each sequence left free when blocks are cut, so that longer surrogates push no text out.
+    surrogates: rows of the surrogate bank for each kind of component.
+    """
+
+    policy: str = "keep_first"
+    margin: int = 8
+    surrogates: int = 4096
+
+
+@dataclass(frozen=True)
+class DedupConfig:
+    """Deduplication, the rival method. `prepare` flags duplicates, `train` leaves them out under `policy`.
+
+    policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
+    substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
+    """
+
+    policy: str = "none"
+    near_threshold: float = 0.8
+    permutations: int = 128
+    substring_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: rotary positions, RMSNorm, SwiGLU, tied embeddings. mlp_width 0 = 8/3 width."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    mlp_width: int = 0
+    rope_base: float = 10000.0
+
+    @property
+    def mlp(self) -> int:
+        """Return the hidden width of the MLP."""
+        return self.mlp_width or -(-8 * self.width // 3 // 16) * 16
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data."""
+
+    batch_size: int = 16
+    sequence_length: int = 128
+    epochs: float = 12.0
+    steps: int = 0
+    init_from: str = ""
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    schedule: str = "linear"
+    final_learning_rate_ratio: float = 0.1
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    gradient_clip: float = 1.0
+    dtype: str = "float32"
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 (at most once) takes what is left."""
+
+    replica: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """count: evenly spaced checkpoints, all kept, for the audit. every_steps: further ones to resume from, of which
+    the newest keep_last stay (0 = none)."""
+
+    count: int = 6
+    every_steps: int = 0
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """The extraction attack. prompts: number per prompt set; sets: heldout, web, discoverable.
+
+    web_path: text for web prompts: a .jsonl(.gz) file with `web_field`, a text file, `synthetic` (bundled prose), or ""
+    (no web prompts).
+    """
+
+    prompts: int = 256
+    sets: tuple[str, ...] = ("heldout", "web", "discoverable")
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    batch_size: int = 256
+    web_path: str = "synthetic"
+    web_field: str = "text"
+    confidence: float = 0.95
+    bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`).
+
+    name: the run's name; empty = baseline, rmft or dedup, by what is switched on. data: prepared data elsewhere.
+    """
+
+    out: str = "runs/demo"
+    name: str = ""
+    data: str = ""
+    seed: int = 0
+    source: SourceConfig = field(default_factory=SourceConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    pii: PiiConfig = field(default_factory=PiiConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+
+    def __post_init__(self) -> None:
+        for rule in _rules(self):
+            raise UserError(rule)
+
+    @property
+    def method(self) -> str:
+        """Name the defence that is switched on: none, rmft, dedup, or both joined by '+'."""
+        parts = ["rmft"] * (self.masking.policy == "keep_first") + ["dedup"] * (self.dedup.policy != "none")
+        return "+".join(parts) or "none"
+
+    @property
+    def run_name(self) -> str:
+        """Return the run's directory name."""
+        return self.name or {"none": "baseline"}.get(self.method, self.method)
+
+    @property
+    def data_dir(self) -> Path:
+        """Return the directory of the prepared data."""
+        return Path(self.data) if self.data else Path(self.out) / "data"
+
+    @property
+    def run_dir(self) -> Path:
+        """Return the run's directory."""
+        return Path(self.out) / "runs" / self.run_name
+
+
+_CHOICES = {
+    "source.format": ("synthetic", "jsonl", "text"),
+    "source.on_error": ("raise", "skip"),
+    "tokenizer.model_type": ("bpe", "unigram"),
+    "masking.policy": ("none", "keep_first"),
+    "dedup.policy": ("none", "near", "near_exact"),
+    "training.schedule": ("linear", "cosine"),
+    "training.dtype": ("float32", "bfloat16"),
+}
+_RANGES = {  # inclusive
+    "seed": (0, 2**31 - 1),
+    "source.limit": (0, None),
+    "source.max_characters": (0, None),
+    "source.heldout_limit": (0, None),
+    "source.heldout_fraction": (0.0, 0.9),
+    "tokenizer.vocab_size": (300, 1_000_000),
+    "masking.margin": (0, None),
+    "masking.surrogates": (16, 65535),
+    "dedup.near_threshold": (0.05, 1.0),
+    "dedup.permutations": (16, 1024),
+    "dedup.substring_tokens": (0, None),
+    "model.layers": (1, None),
+    "model.width": (2, None),
+    "model.heads": (1, None),
+    "model.mlp_width": (0, None),
+    "model.rope_base": (1.0, None),
+    "training.batch_size": (1, None),
+    "training.sequence_length": (8, None),
+    "training.epochs": (0.0, None),
+    "training.steps": (0, None),
+    "training.learning_rate": (0.0, 10.0),
+    "training.warmup_steps": (0, None),
+    "training.final_learning_rate_ratio": (0.0, 1.0),
+    "training.weight_decay": (0.0, 10.0),
+    "training.beta1": (0.0, 0.9999),
+    "training.beta2": (0.0, 0.99999),
+    "training.gradient_clip": (0.0, None),
+    "training.log_every": (1, None),
+    "checkpoint.count": (1, None),
+    "checkpoint.every_steps": (0, None),
+    "checkpoint.keep_last": (1, None),
+    "audit.prompts": (1, None),
+    "audit.prompt_tokens": (1, None),
+    "audit.new_tokens": (1, None),
+    "audit.batch_size": (1, None),
+    "audit.confidence": (0.5, 0.9999),
+    "audit.bootstrap": (10, 1_000_000),
+}
+_MEMBERS = {"pii.types": ("email",), "audit.sets": ("heldout", "web", "discoverable")}
+
+
+def _rules(config: Config) -> typing.Iterator[str]:
+    """Yield a line for each rule that does not hold."""
+
+    def value(key: str) -> typing.Any:
+        part: typing.Any = config
+        for name in key.split("."):
+            part = getattr(part, name)
+        return part
+
+    for key, allowed in _CHOICES.items():
+        if value(key) not in allowed:
+            yield f"{key} is {value(key)!r}: choose one of {', '.join(allowed)}{_nearest(str(value(key)), allowed)}"
+    for key, allowed in _MEMBERS.items():
+        for item in value(key):
+            if item not in allowed:
+                yield f"{key} has {item!r}: choose among {', '.join(allowed)}{_nearest(item, allowed)}"
+        if not value(key):
+            yield f"{key} is empty: name at least one of {', '.join(allowed)}"
+    for key, (low, high) in _RANGES.items():
+        number = value(key)
+        if not (low <= number and (high is None or number <= high)):  # also catches NaN
+            yield f"{key} is {number}: set it to {low} or more{'' if high is None else f', at most {high}'}"
+    model, training = config.model, config.training
+    if model.width % model.heads:
+        yield f"model.width {model.width} is not divisible by model.heads {model.heads}: change one of them"
+    elif model.width // model.heads % 2:
+        yield (f"model.width / model.heads is {model.width // model.heads}: rotary positions need an even head width, "
+               f"change one of them")  # fmt: skip
+    if training.sequence_length - config.masking.margin < 2:
+        yield (f"masking.margin {config.masking.margin} leaves no room in training.sequence_length "
+               f"{training.sequence_length}: lower the margin")  # fmt: skip
+    if not training.steps and not training.epochs:
+        yield "training.steps and training.epochs are both 0: set one of them"
+    if config.source.format != "synthetic" and not config.source.path:
+        yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
+    sizes = dataclasses.astuple(config.mesh)
+    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+        yield f"mesh is replica={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: use positive sizes, -1 at most once"
+    if "/" in config.name or config.name.startswith("."):
+        yield f"name is {config.name!r}: a run's name is one directory name, without '/'"
+    for key in ("heads", "mlp", "width"):
+        if config.mesh.tensor > 1 and getattr(model, key) % config.mesh.tensor:
+            yield f"model {key} {getattr(model, key)} is not divisible by mesh.tensor {config.mesh.tensor}: change one"
+    if config.mesh.fsdp > 1 and model.width % config.mesh.fsdp:
+        yield f"model.width {model.width} is not divisible by mesh.fsdp {config.mesh.fsdp}: change one of them"
+    if config.mesh.tensor > 1 and config.tokenizer.vocab_size % config.mesh.tensor:
+        yield (f"tokenizer.vocab_size {config.tokenizer.vocab_size} is not divisible by mesh.tensor "
+               f"{config.mesh.tensor}: change one of them")  # fmt: skip
+    rows = [size for size in sizes[:2] if size > 0]
+    for size in rows:
+        if training.batch_size % size:
+            yield (f"training.batch_size {training.batch_size} is not divisible by the {size} devices of a mesh axis "
+                   f"it is split over: change training.batch_size or mesh")  # fmt: skip
+
+
+def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file (None = the defaults), apply `key.path=value` overrides and check everything.
+
+    Raises UserError with one line for the first thing that is wrong: the file, an unknown key, a type, a rule.
+    """
+    tree: dict = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    where = str(path) if path is not None else "the defaults"
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"argument {override!r} is not an override: write key.path=value, such as seed=1")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _put(tree, key.strip().split("."), "" if value is None else value, override)
+    return _build(Config, tree, "", where)
+
+
+def to_dict(config: Config) -> dict:
+    """Return the resolved config as plain nested dicts, ready for YAML or JSON."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved config as YAML that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _plain(value: typing.Any) -> typing.Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}): check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        at = f" line {line + 1}" if line is not None else ""
+        raise UserError(f"config {path}{at} is not valid YAML: check its indentation and quotes") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} is a {type(tree).__name__}: it must hold `key: value` lines")
+    return tree
+
+
+def _put(tree: dict, keys: list[str], value: typing.Any, override: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"override {override!r}: {key!r} is a value, not a section")
+    tree[keys[-1]] = value
+
+
+def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
+    """Build the dataclass `cls` from a plain dict, naming the full key in every error."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{prefix.rstrip('.')} in {where} is {tree!r}: it is a section, give it keys")
+    types = typing.get_type_hints(cls)
+    values = {}
+    for key, value in tree.items():
+        if key not in types:
+            raise UserError(f"unknown key {prefix}{key} in {where}{_nearest(str(key), types, prefix)}")
+        if dataclasses.is_dataclass(types[key]):
+            values[key] = _build(types[key], value, f"{prefix}{key}.", where)
+        else:
+            values[key] = _convert(value, types[key], prefix + key, where)
+    return cls(**values)
+
+
+def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {prefix}{close[0]}?)"
+    return f": known keys are {', '.join(sorted(known))}" if prefix or isinstance(known, dict) else ""
+
+
+def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typing.Any:
+    """Take `value` as `kind` where no meaning is lost; a YAML 1.1 `1e-3` arrives as a string."""
+    if kind is float and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if typing.get_origin(kind) is tuple:
+        items = [value] if isinstance(value, str) and value else value or []
+        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise UserError(f"{key} in {where} is {value!r}: it must be a list of strings, such as [a, b]")
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise UserError(f"{key} in {where} is {value!r}: it must be {names[kind]}")

@@ -1,0 +1,1 @@
+"""Reading, cleaning and making text corpora."""

@@ -1,0 +1,125 @@
+"""Read documents: from files, or from the bundled generator."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rmft_jax.config import SourceConfig
+from rmft_jax.errors import UserError
+
+
+@dataclass
+class Documents:
+    """The texts of a source. skipped: documents left out under source.on_error=skip."""
+
+    train: list[str] = field(default_factory=list)
+    heldout: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+
+def read_documents(config: SourceConfig, *, seed: int) -> Documents:
+    """Read the training and held-out documents of a source.
+
+    Raises UserError for a missing file, a corrupt line (unless on_error is skip), or a source without documents.
+    """
+    documents = Documents()
+    if config.format == "synthetic":
+        from rmft_jax.data.synthetic import synthetic_mail
+
+        texts = [item["text"] for item in synthetic_mail(config.limit or 500, seed=seed)]
+        documents.train = [_cut(text, config) for text in texts]
+    else:
+        documents.train = _read(config, config.path, config.limit, documents)
+    if config.format != "synthetic" and config.heldout_path:
+        documents.heldout = _read(config, config.heldout_path, config.heldout_limit, documents)
+    else:
+        _set_aside(documents, config, seed)
+    for name, texts in (("training", documents.train), ("held-out", documents.heldout)):
+        if not texts:
+            raise UserError(
+                f"source {config.heldout_path or config.path or config.format} has no {name} documents: "
+                f"check source.path, source.text_field and source.heldout_fraction"
+            )
+    return documents
+
+
+def read_texts(path: str, *, text_field: str, separator: str, limit: int = 0) -> list[str]:
+    """Read the texts of any file that prompts can come from: .jsonl(.gz) with a field, or plain text."""
+    kind = "jsonl" if ".jsonl" in Path(path).suffixes else "text"
+    config = SourceConfig(format=kind, path=path, text_field=text_field, separator=separator)
+    return _read(config, path, limit, Documents())
+
+
+def _set_aside(documents: Documents, config: SourceConfig, seed: int) -> None:
+    """Move a random share of the documents to the held-out set; the order of the others stays."""
+    count = max(1, round(config.heldout_fraction * len(documents.train))) if config.heldout_fraction else 0
+    if config.heldout_limit:
+        count = min(count, config.heldout_limit)
+    chosen = set(random.Random(seed).sample(range(len(documents.train)), min(count, len(documents.train))))
+    documents.heldout = [text for number, text in enumerate(documents.train) if number in chosen]
+    documents.train = [text for number, text in enumerate(documents.train) if number not in chosen]
+
+
+def _cut(text: str, config: SourceConfig) -> str:
+    return text[: config.max_characters] if config.max_characters else text
+
+
+def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> list[str]:
+    reader = _jsonl if config.format == "jsonl" else _text
+    texts: list[str] = []
+    try:
+        for text, problem in reader(path, config):
+            if problem and config.on_error == "raise":
+                raise UserError(f"{path} {problem}; or set source.on_error=skip")
+            if problem:
+                documents.skipped += 1
+            elif text.strip():
+                texts.append(_cut(text, config))
+            if limit and len(texts) >= limit:
+                break
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"source {path} cannot be read ({reason}): check the path, and that the file is whole") from None
+    return texts
+
+
+def _open(path: str) -> io.BufferedIOBase:
+    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")
+
+
+def _jsonl(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
+    """Yield (text, "") or ("", what is wrong where and how to mend it) for each line that is not blank."""
+    with _open(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError:
+                yield "", f"line {number} is not valid JSON: mend or delete the line"
+                continue
+            text = record.get(config.text_field) if isinstance(record, dict) else None
+            if isinstance(text, str):
+                yield text, ""
+                continue
+            known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
+            yield "", f"line {number} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
+
+
+def _text(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
+    """Yield the documents of a text file, separated by a line that holds `config.separator` alone."""
+    lines: list[str] = []
+    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
+        for line in file:
+            if line.rstrip("\r\n") == config.separator:
+                yield "".join(lines), ""
+                lines = []
+            else:
+                lines.append(line)
+    yield "".join(lines), ""

@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rmft_jax.errors import UserError
+
+
+def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write a file atomically. private: readable by its owner only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another out=") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        if not private:
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: indented, with strict numbers (NaN is a bug, not a value)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str, mend: str) -> Any:
+    """Read JSON, or raise UserError naming `what` the file is and how to `mend` its absence."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be read ({error.strerror}): {mend}") from None
+    except ValueError:
+        raise UserError(f"{what} {path} is not valid JSON: {mend}") from None
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False) -> None:
+    """Write named arrays atomically as .npz (no pickle)."""
+    import io
+
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_bytes(path, buffer.getvalue(), private=private)
+
+
+def read_arrays(path: Path, what: str, mend: str) -> dict[str, np.ndarray]:
+    """Read named arrays written by `write_arrays`."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not an .npz file"
+        raise UserError(f"{what} {path} cannot be read ({reason}): {mend}") from None

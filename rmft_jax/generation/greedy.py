@@ -1,0 +1,43 @@
+"""Greedy decoding of a batch of left-padded prompts, as one compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rmft_jax.config import ModelConfig
+from rmft_jax.models.gpt import decode, prefill
+
+
+def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dtype=jnp.float32) -> Callable:
+    """Return a jitted `(params, tokens, valid) -> int32 [B, new_tokens]`.
+
+    tokens: int32 [B, P], prompts padded at the left, so that what follows a prompt follows its last token.
+    valid: bool [B, P], False on padding. After `end_id` a row holds nothing but `end_id`.
+    """
+
+    def generate(params, tokens, valid):
+        batch, length = tokens.shape
+        logits, cache = prefill(params, config, tokens, valid, cache_length=length + new_tokens, dtype=dtype)
+        room = jnp.zeros((batch, new_tokens), bool)
+        valid = jnp.concatenate([valid, room], axis=1)
+
+        def pick(logits, ended):
+            token = jnp.where(ended, end_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+            return token, ended | (token == end_id)
+
+        def step(carry, at):
+            token, ended, valid, cache = carry
+            valid = valid.at[:, at].set(True)
+            logits, cache = decode(params, config, token, at, valid, cache, dtype=dtype)
+            following, ended = pick(logits, ended)
+            return (following, ended, valid, cache), token
+
+        first, ended = pick(logits, jnp.zeros(batch, bool))
+        positions = length + jnp.arange(new_tokens - 1)
+        (last, *_), before = jax.lax.scan(step, (first, ended, valid, cache), positions)
+        return jnp.concatenate([before.T, last[:, None]], axis=1)
+
+    return jax.jit(generate)

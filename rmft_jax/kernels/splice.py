@@ -1,0 +1,87 @@
+"""Replace components of a token row by table entries of other lengths, with static shapes and no host loop."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class SurrogateBank(NamedTuple):
+    """Pre-tokenised replacements for each kind of component; kind 0 is literal text, which is never replaced.
+
+    tokens: int32 [kinds, rows, pieces], zero-padded.
+    lengths: int32 [kinds, rows], pieces in use.
+    counts: int32 [kinds], rows in use.
+    anchor_class: int32 [kinds], which anchor of its PII type a kind belongs to; -1 for literal text.
+    anchors: int32 [types], number of anchor classes of each PII type; 0 = every component is replaced.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    counts: jax.Array
+    anchor_class: jax.Array
+    anchors: jax.Array
+
+
+class Spliced(NamedTuple):
+    """One spliced row.
+
+    tokens: int32 [length], 0 where there is no text left.
+    source: int32 [length], position in the input row that each token comes from; W (the row's width) = padding.
+    ends: int32 [W], number of output tokens up to and including each input position.
+    """
+
+    tokens: jax.Array
+    source: jax.Array
+    ends: jax.Array
+
+
+def splice(tokens, valid, component, begin, kind, replaced, row, bank: SurrogateBank, *, length: int) -> Spliced:
+    """Splice bank rows into one token row; `jax.vmap` it over a batch.
+
+    Args:
+      tokens: int32 [W], the row.
+      valid: bool [W], False on padding.
+      component: int32 [W], the component of each token, 0 = plain text.
+      begin: int32 [C], position of each component's first token; -1 when that lies before this row. Such a component
+        was spelled out by the row before, so what is left of it here takes no room when it is replaced.
+      kind: int32 [C], bank table of each component.
+      replaced: bool [C], False for component 0.
+      row: int32 [C], the bank row drawn for each component.
+      bank: the replacements.
+      length: output width; what does not fit is cut off, what is missing is padding.
+
+    Returns: the spliced row. Its tokens are those of `splice_reference`, which says the same with lists.
+    """
+    width_in = tokens.shape[0]
+    position = jnp.arange(width_in, dtype=jnp.int32)
+    entry_tokens, entry_length = bank.tokens[kind, row], bank.lengths[kind, row]  # [C, P], [C]
+    is_replaced = replaced[component] & valid
+    is_begin = position == begin[component]
+    width = jnp.where(is_replaced, jnp.where(is_begin, entry_length[component], 0), valid.astype(jnp.int32))
+    ends = jnp.cumsum(width, dtype=jnp.int32)
+
+    out = jnp.arange(length, dtype=jnp.int32)
+    source = jnp.searchsorted(ends, out, side="right", method="compare_all").astype(jnp.int32)
+    at = jnp.minimum(source, width_in - 1)
+    offset = jnp.clip(out - (ends[at] - width[at]), 0, entry_tokens.shape[1] - 1)
+    spliced = jnp.where(is_replaced[at], entry_tokens[component[at], offset], tokens[at])
+    return Spliced(jnp.where(source < width_in, spliced, 0), source, ends)
+
+
+def splice_reference(tokens, valid, component, begin, kind, replaced, row, bank: SurrogateBank, *, length: int):
+    """Say what `splice` computes in plain Python: a list of at most `length` tokens."""
+    out: list[int] = []
+    for position, token in enumerate(np.asarray(tokens).tolist()):
+        if not valid[position]:
+            continue
+        c = int(component[position])
+        if not replaced[c]:
+            out.append(token)
+        elif position == begin[c]:
+            table, entry = int(kind[c]), int(row[c])
+            out.extend(np.asarray(bank.tokens[table, entry, : bank.lengths[table, entry]]).tolist())
+    return out[:length]

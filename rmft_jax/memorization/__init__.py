@@ -1,0 +1,1 @@
+"""What a model has memorized: extraction attacks and the rates that sum them up."""

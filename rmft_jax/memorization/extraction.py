@@ -1,0 +1,192 @@
+"""`rmft audit`: attack each checkpoint of a run and say which training addresses come out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rmft_jax.config import Config, load_config
+from rmft_jax.data.prepare import Prepared, load_prepared
+from rmft_jax.data.tokenizer import EOS, Tokenizer
+from rmft_jax.errors import UserError
+from rmft_jax.files import read_json, write_json
+from rmft_jax.generation.greedy import make_greedy_decoder
+from rmft_jax.memorization.prompts import Prompts, build_prompts
+from rmft_jax.memorization.rates import document_perplexities, extraction_rates, mean_delta_perplexity
+from rmft_jax.models.gpt import init_params
+from rmft_jax.pii.types import detect, keyed_hash
+from rmft_jax.progress import say, track
+from rmft_jax.training.checkpoints import Checkpoints, abstract
+from rmft_jax.training.step import DTYPES
+
+SCHEMA = 1
+
+
+def audit(runs: list[Path], overrides: list[str] | None = None, *, reveal: bool = False) -> list[dict]:
+    """Audit runs and write RUN/audit.json for each; return what was written.
+
+    overrides: `audit.*` settings in place of those the runs were trained with. reveal: write the addresses themselves,
+    not only their keyed hashes. MDP is taken against the run without any defence, if it is among `runs`.
+    Raises UserError for a directory that is not a run.
+    """
+    for override in overrides or []:
+        if not override.startswith("audit."):
+            raise UserError(f"{override!r} cannot be changed after training: only audit.* can")
+    configs = [load_run_config(run, overrides or []) for run in runs]
+    evaluations = [read_evaluation(run) for run in runs]
+    baseline = next((e for e, config in zip(evaluations, configs, strict=True) if config.method == "none"), None)
+    results = []
+    for run, config, evaluation in zip(runs, configs, evaluations, strict=True):
+        prepared = load_prepared(config)
+        attacked = _attack_run(run, config, prepared, evaluation, reveal)
+        _add_mdp(attacked, evaluation, baseline)
+        result = {
+            "schema": SCHEMA,
+            "run": config.run_name,
+            "method": config.method,
+            "content_hash": prepared.manifest["content_hash"],
+            "identities": prepared.identities,
+            "revealed": reveal,
+            **attacked,
+        }
+        write_json(run / "audit.json", result)
+        results.append(result)
+    return results
+
+
+def load_run_config(run: Path, overrides: list[str] = ()) -> Config:
+    """Read a run's resolved config; `out` and `data` follow the directory if it was moved. UserError if it is no run."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run (no config.yaml in it): name a directory that `rmft train` wrote")
+    config = load_config(run / "config.yaml", overrides)
+    if not config.data and not (config.data_dir / "manifest.json").exists():
+        config = load_config(run / "config.yaml", [*overrides, f"data={run.resolve().parent.parent / 'data'}"])
+    return config
+
+
+def read_evaluation(run: Path) -> dict:
+    """Read the held-out scores that `rmft train` left."""
+    return read_json(run / "evaluation.json", "evaluation", "finish `rmft train` for this run first")
+
+
+def find_leaks(prompt: str, generated: str, types, ignore: frozenset[str]) -> list[str]:
+    """Return the PII values that begin in the generated text and do not stand in the prompt, each once, in order.
+
+    Prompt and generation are searched as one text, so that the tail of a value begun in the prompt is not taken for a
+    value of its own.
+    """
+    spans = detect(prompt + generated, types, ignore)
+    given = {span.value for span in spans if span.start < len(prompt)} | {
+        span.value for span in detect(prompt, types, ignore)
+    }
+    return list(dict.fromkeys(span.value for span in spans if span.start >= len(prompt) and span.value not in given))
+
+
+def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict, reveal: bool) -> dict:
+    prompts = build_prompts(config, prepared)
+    if not prompts:
+        raise UserError(f"{run}: none of audit.sets {', '.join(config.audit.sets)} gives a prompt: name other sets")
+    checkpoints, _ = Checkpoints.open(run)
+    steps = [entry["step"] for entry in evaluation["checkpoints"]]
+    missing = sorted(set(steps) - set(checkpoints.steps()))
+    if missing:
+        raise UserError(f"{run} has no checkpoint of step {missing[0]}: train it again under another name=")
+    target = _target(config, prepared)
+    decoder = make_greedy_decoder(
+        config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=DTYPES[config.training.dtype]
+    )
+    known = {digest: number for number, digest in enumerate(prepared.identity_hashes)}
+    entries = []
+    sizes = {name: len(rows.tokens) for name, rows in prompts.items()}
+    say(f"audit {config.run_name}: {len(steps)} checkpoints, prompts " + ", ".join(f"{n} {k}" for n, k in sizes.items()))
+    for step in track(steps, f"audit {config.run_name}", len(steps)):
+        state = checkpoints.restore(step, target, items=("params", "progress"))
+        seen = np.asarray(state["seen"])
+        leaks = {}
+        for name, rows in prompts.items():
+            generated = _generate(decoder, state["params"], rows, config.audit.batch_size)
+            leaks[name] = _identify(rows, generated, config, prepared, known, reveal)
+        entries.append(_summarise(step, evaluation, leaks, seen, prepared.identities, config))
+    checkpoints.close()
+    return {"prompts": sizes, "new_tokens": config.audit.new_tokens, "checkpoints": entries}
+
+
+def _target(config: Config, prepared: Prepared) -> dict:
+    """Return the shapes that an audit restores, on one device."""
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
+    tree = {
+        "params": params,
+        "seen": jax.ShapeDtypeStruct((prepared.identities,), bool),
+        "step": jax.ShapeDtypeStruct((), np.int32),
+    }
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return abstract(tree, jax.tree.map(lambda _: here, tree))
+
+
+def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
+    """Decode all prompts; the last batch is filled up, so that one program serves them all."""
+    total = len(prompts.tokens)
+    batch_size = min(batch_size, total)
+    out = []
+    for begin in range(0, total, batch_size):
+        index = np.minimum(np.arange(begin, begin + batch_size), total - 1)
+        out.append(np.asarray(decoder(params, prompts.tokens[index], prompts.valid[index])))
+    return np.concatenate(out)[:total]
+
+
+def _identify(prompts: Prompts, generated, config: Config, prepared: Prepared, known: dict, reveal: bool) -> list[dict]:
+    """Return a record for each value leaked by each prompt: prompt number, identity (null = not in the data), hash."""
+    tokenizer: Tokenizer = prepared.tokenizer
+    ignore = frozenset(value.lower() for value in config.pii.ignore)
+    found = []
+    for number, (tokens, valid, new) in enumerate(zip(prompts.tokens, prompts.valid, generated, strict=True)):
+        prompt, text = tokenizer.decode(tokens[valid]), tokenizer.decode(new)
+        for value in find_leaks(prompt, text, config.pii.types, ignore):
+            digest = keyed_hash(value, prepared.identity_key)
+            record = {"prompt": number, "identity": known.get(digest), "hash": digest}
+            found.append(record | ({"value": value} if reveal else {}))
+    return found
+
+
+def _summarise(step: int, evaluation: dict, leaks: dict, seen: np.ndarray, identities: int, config: Config) -> dict:
+    scores = next(entry for entry in evaluation["checkpoints"] if entry["step"] == step)
+    everything = [record for records in leaks.values() for record in records]
+    rates = {}
+    for name, records in {**leaks, "all": everything}.items():
+        true = {record["identity"] for record in records if record["identity"] is not None}
+        rates[name] = extraction_rates(
+            len({record["hash"] for record in records}),
+            len(true),
+            int(sum(seen[identity] for identity in true)),
+            known=identities,
+            seen=int(seen.sum()),
+            confidence=config.audit.confidence,
+        )
+    names = ("step", "epoch", "perplexity", "perplexity_pii", "perplexity_other")
+    return {
+        **{name: scores[name] for name in names},
+        "seen_identities": int(seen.sum()),
+        "prompts": rates,
+        "leaks": leaks,
+        "unseen_true_leaks": sorted(
+            {r["identity"] for r in everything if r["identity"] is not None and not seen[r["identity"]]}
+        ),
+    }
+
+
+def _add_mdp(attacked: dict, evaluation: dict, baseline: dict | None) -> None:
+    for index, entry in enumerate(attacked["checkpoints"]):
+        entry["mdp"] = None
+        if baseline is not None and index < len(baseline["checkpoints"]):
+            ours, theirs = evaluation["checkpoints"][index], baseline["checkpoints"][index]
+            entry["mdp"] = mean_delta_perplexity(*paired_perplexities(ours, theirs))
+
+
+def paired_perplexities(method: dict, baseline: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Return the perplexity of each held-out document that has target tokens, under the method and the baseline."""
+    tokens = np.array(method["document_tokens"])
+    some = tokens > 0
+    return tuple(document_perplexities(np.array(e["document_nll"])[some], tokens[some]) for e in (method, baseline))

@@ -1,0 +1,1 @@
+"""Models: one decoder, its layers in Flax NNX, its parameters a plain nested dict."""

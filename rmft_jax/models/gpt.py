@@ -1,0 +1,189 @@
+"""A decoder-only transformer. Layers are Flax NNX modules; parameters live in a plain dict, blocks stacked for `lax.scan`.
+
+Shapes: B rows, T tokens, V vocabulary, E width, H heads, D = E / H, L layers, S cache length.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rmft_jax.config import ModelConfig
+from rmft_jax.kernels import attention, causal_mask, rotary
+
+# Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
+LOGICAL_AXES = {
+    ("embed",): ("vocab", "embed"),
+    ("final_norm", "scale"): (None,),
+    ("blocks", "attention_norm", "scale"): ("layers", None),
+    ("blocks", "attention", "qkv", "kernel"): ("layers", "embed", "heads"),
+    ("blocks", "attention", "out", "kernel"): ("layers", "heads", "embed"),
+    ("blocks", "mlp_norm", "scale"): ("layers", None),
+    ("blocks", "mlp", "gate_up", "kernel"): ("layers", "embed", "mlp"),
+    ("blocks", "mlp", "down", "kernel"): ("layers", "mlp", "embed"),
+}
+
+
+# Blocks a loop iteration: 8% faster than 1 on CPU, and the program stays as small however deep the model is.
+_UNROLL = 4
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: [L, B, S, H, D] each."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.heads, self.base = config.heads, config.rope_base
+        normal = nnx.initializers.normal
+        self.qkv = nnx.Linear(
+            config.width, 3 * config.width, use_bias=False, kernel_init=normal(config.width**-0.5), rngs=rngs
+        )
+        out_scale = (2 * config.layers * config.width) ** -0.5
+        self.out = nnx.Linear(config.width, config.width, use_bias=False, kernel_init=normal(out_scale), rngs=rngs)
+
+    def __call__(self, x_BTE, positions, mask, cache=None, at=None):
+        batch, length, width = x_BTE.shape
+        q, k, v = jnp.split(self.qkv(x_BTE).reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
+        q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)
+        if cache is not None:
+            k = jax.lax.dynamic_update_slice(cache[0], k, (0, at, 0, 0))
+            v = jax.lax.dynamic_update_slice(cache[1], v, (0, at, 0, 0))
+        return self.out(attention(q, k, v, mask).reshape(batch, length, width)), (k, v)
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal
+        self.gate_up = nnx.Linear(
+            config.width, 2 * config.mlp, use_bias=False, kernel_init=normal(config.width**-0.5), rngs=rngs
+        )
+        out_scale = (2 * config.layers * config.mlp) ** -0.5
+        self.down = nnx.Linear(config.mlp, config.width, use_bias=False, kernel_init=normal(out_scale), rngs=rngs)
+
+    def __call__(self, x_BTE):
+        gate, up = jnp.split(self.gate_up(x_BTE), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BTE, positions, mask, cache=None, at=None):
+        attended, cache = self.attention(self.attention_norm(x_BTE), positions, mask, cache, at)
+        x_BTE = x_BTE + attended
+        return x_BTE + self.mlp(self.mlp_norm(x_BTE)), cache
+
+
+def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
+    """Return float32 parameters: embed [V, E] (tied with the output), blocks (each array [L, ...]), final_norm."""
+    embed_key, block_key = jax.random.split(key)
+
+    def one_block(key):
+        return nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(key)), nnx.Param))
+
+    return {
+        "embed": config.width**-0.5 * jax.random.normal(embed_key, (vocab_size, config.width)),
+        "blocks": jax.vmap(one_block)(jax.random.split(block_key, config.layers)),
+        "final_norm": {"scale": jnp.ones(config.width)},
+    }
+
+
+def count_params(params: dict) -> int:
+    """Return the number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
+    """Return floating-point operations per trained token: 6 per weight in a matrix product, 6 L T E for causal attention.
+
+    Causal attention costs 2 x 2 x T E / 2 a layer and token forward, three times that with the backward pass.
+    """
+    matrices = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp) + vocab_size * config.width
+    return 6 * matrices + 6 * config.layers * length * config.width
+
+
+@functools.cache
+def _block_graph(config: ModelConfig):
+    return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))), nnx.Param, ...)
+
+
+def _run_block(config: ModelConfig, params: dict, *args):
+    graph, shapes, rest = _block_graph(config)
+    state = jax.tree.map(lambda x: x, shapes)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state, rest)(*args)
+
+
+def _normalise(x, scale):
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
+
+
+def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp.float32) -> jax.Array:
+    """Return logits [B, T, V] in `dtype` for rows of packed documents, none of which sees another.
+
+    tokens, segment_ids: int32 [B, T], segment 0 = padding (its logits mean nothing).
+    """
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    mask = causal_mask(segment_ids)
+
+    def body(x, block):
+        return _run_block(config, block, x, positions, mask)[0], None
+
+    x, _ = jax.lax.scan(body, params["embed"][tokens], params["blocks"], unroll=_UNROLL)
+    return _normalise(x, params["final_norm"]["scale"]) @ params["embed"].T
+
+
+def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: int, dtype=jnp.float32):
+    """Read left-padded prompts and return the logits of their last token [B, V] and the Cache of length S.
+
+    tokens: int32 [B, P]; valid: bool [B, P], False on the padding at the left. cache_length: S >= P.
+    """
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    mask = causal_mask(valid.astype(jnp.int32))
+
+    def body(x, block):
+        x, (k, v) = _run_block(config, block, x, positions, mask)
+        room = ((0, 0), (0, cache_length - length), (0, 0), (0, 0))
+        return x, Cache(jnp.pad(k, room), jnp.pad(v, room))
+
+    x, cache = jax.lax.scan(body, params["embed"][tokens], params["blocks"])
+    return _normalise(x[:, -1], params["final_norm"]["scale"]) @ params["embed"].T, cache
+
+
+def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache, *, dtype=jnp.float32):
+    """Read one token a row, at cache position `at`, and return the logits [B, V] and the new Cache.
+
+    token: int32 [B]; at: int32 scalar; valid: bool [B, S], which cache positions hold text once this token is in.
+    """
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    positions = jnp.broadcast_to(at, (token.shape[0], 1))
+
+    def body(x, layer):
+        block, layer_cache = layer
+        x, (k, v) = _run_block(config, block, x, positions, valid[:, None, :], layer_cache, at)
+        return x, Cache(k, v)
+
+    x, cache = jax.lax.scan(body, params["embed"][token][:, None], (params["blocks"], cache))
+    return _normalise(x[:, 0], params["final_norm"]["scale"]) @ params["embed"].T, cache

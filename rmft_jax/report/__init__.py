@@ -1,0 +1,1 @@
+"""The report room: results.json as one self-contained HTML page and as a terminal table."""

@@ -1,0 +1,96 @@
+"""results.json as one self-contained HTML page, and its summary as a table for the terminal."""
+
+from functools import cache, partial
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from rmft_jax.files import write_text
+from rmft_jax.report.plots import charts, style_classes
+from rmft_jax.report.verdict import verdict
+from rmft_jax.report.view import MISSING, View, lookup
+
+
+class Column(NamedTuple):
+    """One summary column: where its figure stands and what it is called on the page and in the terminal."""
+
+    place: str
+    metric: str
+    heading: str
+    unit: str
+    terminal: str
+
+
+SUMMARY = (
+    Column("prompts", "ter", "TER", "%", "TER\n%"),
+    Column("prompts", "ser", "SER", "%", "SER\n%"),
+    Column("prompts", "tegr", "TEGR", "%", "TEGR\n%"),
+    Column("comparison", "ter_reduction_pct", "TER cut", "%", "TER\ncut %"),
+    Column("comparison", "ser_reduction_pct", "SER cut", "%", "SER\ncut %"),
+    Column("last", "perplexity", "Perplexity", "", "PPL\n"),
+    Column("last", "perplexity_pii", "PII perplexity", "", "PII\nPPL"),
+    Column("comparison", "perplexity_increase_pct", "Perplexity increase", "%", "PPL\nup %"),
+    Column("comparison", "mdp", "MDP", "", "MDP\n"),
+    Column("comparison", "aurc", "AURC", "", "AURC\n"),
+)
+
+
+def summary_path(view: View, run: str, column: Column) -> tuple:
+    """Return the path of one cell of the summary."""
+    if column.place == "prompts":
+        return view.headline_path(run, column.metric)
+    if column.place == "last":
+        return view.last(run, column.metric)
+    return ("comparison", run, column.metric)
+
+
+@cache
+def _template() -> jinja2.Template:
+    source = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(source)
+
+
+def render(results: dict) -> str:
+    """Return the report page."""
+    view = View(results)
+    return _template().render(
+        view=view, num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view),
+        charts=charts(view), classes=style_classes, path_of=partial(summary_path, view))
+
+
+def write_report(results: dict, path: Path) -> Path:
+    """Write the report page for the results to the path, whole or not at all, and return the path."""
+    write_text(Path(path), render(results))
+    return Path(path)
+
+
+def _cell(view: View, path: tuple) -> str:
+    lines = [view.text(*path)]
+    interval = (*path[:-1], f"{path[-1]}_ci")
+    if lookup(view.results, interval) is not MISSING:
+        lines += [view.text(*interval, 0), view.text(*interval, 1)]
+    return "\n".join(lines).replace("−", "-")
+
+
+def text_table(results: dict) -> Table:
+    """Return the summary, one row per run: each figure stands over the low and high end of its interval."""
+    view = View(results)
+    caption = Text(
+        f"Last checkpoint, prompt set {view.headline}; cuts are means over checkpoints against "
+        f"{view.baseline}; low and high bound the {view.text('settings', 'confidence')} % interval.")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption=caption,
+                  caption_justify="left", caption_style="")
+    table.add_column("run\n", max_width=18, overflow="ellipsis", no_wrap=True)
+    for column in SUMMARY:
+        table.add_column(column.terminal, justify="right", no_wrap=True, min_width=5)
+    for run in view.runs:
+        cells = [_cell(view, summary_path(view, run, column)) for column in SUMMARY]
+        table.add_row(Text(f"{run}\n  low\n  high"), *map(Text, cells))
+    return table

@@ -1,0 +1,254 @@
+"""Line charts as inline SVG: axes, one line and confidence band per run, a tooltip on every point."""
+
+import json
+import math
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from rmft_jax.report.view import View, is_number, path_text, show
+
+WIDTH, HEIGHT = 460, 280
+LEFT, RIGHT, TOP, BOTTOM = 54, 448, 14, 234
+COLOURS = 7
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on a line; y is None where the value is null."""
+
+    x: float
+    y: float | None
+    low: float | None
+    high: float | None
+    path: tuple
+    x_path: tuple
+    title: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's line; `slot` chooses its colour and dash."""
+
+    name: str
+    slot: int
+    points: list
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the page: its heading, its note and the drawing."""
+
+    key: str
+    heading: str
+    note: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A mapping from values to pixels, linear or logarithmic."""
+
+    start: float
+    stop: float
+    pixel_start: float
+    pixel_stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value."""
+        warp = math.log if self.log else float
+        share = (warp(value) - warp(self.start)) / (warp(self.stop) - warp(self.start))
+        return self.pixel_start + share * (self.pixel_stop - self.pixel_start)
+
+
+def style_classes(slot: int) -> str:
+    """Return the CSS classes of a run: colours repeat after COLOURS runs, each time with another dash."""
+    return f"c{slot % COLOURS} d{(slot + 2 * (slot // COLOURS)) % 4}"
+
+
+def nice_step(span: float, wanted: int = 5) -> float:
+    """Return the 1-2-5 step that cuts the span into about the wanted number of parts."""
+    raw = span / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+
+
+def linear_ticks(low: float, high: float) -> list:
+    """Return round tick values that enclose the range."""
+    if high <= low:
+        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, low + abs(low) / 2)
+    step = nice_step(high - low)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(count * step, 12) for count in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list:
+    """Return ticks of the 1-2-5 kind that enclose a positive range, whole powers of ten if it is long."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1, 2, 5) if len(powers) < 5 else (1,)
+    every = [factor * 10.0**power for power in powers for factor in factors]
+    first = max(index for index, tick in enumerate(every) if tick <= low)
+    last = min((index for index, tick in enumerate(every) if tick >= high), default=len(every) - 1)
+    return every[first:max(last, first + 1) + 1]
+
+
+def tick_text(tick: float, ticks: list) -> str:
+    """Return the tick's label with just the decimals that its neighbours need."""
+    if max(map(abs, ticks)) >= 1e5:
+        return f"{tick:.3g}"
+    gap = min(b - a for a, b in zip(ticks, ticks[1:]))
+    decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
+    return f"{tick:,.{decimals}f}".replace("-", "−")
+
+
+def y_ticks(lines: list, from_zero: bool) -> tuple:
+    """Return the y ticks and whether the axis is logarithmic."""
+    values = [point.y for line in lines for point in line.points if point.y is not None]
+    ends = [point.high for line in lines for point in line.points if None not in (point.y, point.high)]
+    if not values:
+        return linear_ticks(0, 1), False
+    if not from_zero and min(values) > 0 and max(values) / min(values) > 8:
+        return log_ticks(min(values), max(values)), True
+    # The first checkpoints' wide intervals may leave the frame rather than flatten every line.
+    top = max([*values, min(max(ends, default=0), 3 * max(values) or math.inf)])
+    return linear_ticks(min(0, min(values)) if from_zero else min(values), top), False
+
+
+def stretches(points: list, usable) -> list:
+    """Return the runs of consecutive usable points, so that a null breaks a line."""
+    found, current = [], []
+    for point in points:
+        if usable(point):
+            current.append(point)
+        elif current:
+            found, current = [*found, current], []
+    return [*found, current] if current else found
+
+
+def _line_path(points: list, x: Axis, y: Axis, step: bool) -> str:
+    drawn = f"M{x(points[0].x):.2f} {y(points[0].y):.2f}"
+    for point in points[1:]:
+        place = f"H{x(point.x):.2f}V{y(point.y):.2f}" if step else f"L{x(point.x):.2f} {y(point.y):.2f}"
+        drawn += place
+    return drawn
+
+
+def _band_path(points: list, x: Axis, y: Axis) -> str:
+    upper = [(point.x, point.high) for point in points]
+    lower = [(point.x, point.low) for point in reversed(points)]
+    inside = [(place, min(max(value, y.start), y.stop)) for place, value in upper + lower]
+    return "M" + "L".join(f"{x(place):.2f} {y(value):.2f}" for place, value in inside) + "Z"
+
+
+def _draw_point(point: Point, x: Axis, y: Axis, kind: str) -> Markup:
+    return Markup(
+        '<circle class="{}" cx="{:.2f}" cy="{:.2f}" r="3" data-path="{}" data-value="{}" data-x-path="{}" '
+        'data-x-value="{}"><title>{}</title></circle>').format(
+            kind, x(point.x), y(point.y), path_text(point.path), json.dumps(point.y),
+            path_text(point.x_path), json.dumps(point.x), point.title)
+
+
+def _draw_line(line: Line, x: Axis, y: Axis, step: bool) -> Markup:
+    kind = "point dense" if len(line.points) > 40 else "point"
+    parts = [Markup('<g class="run {}">').format(style_classes(line.slot))]
+    for stretch in stretches(line.points, lambda point: None not in (point.y, point.low, point.high)):
+        parts.append(Markup('<path class="band" d="{}"/>').format(_band_path(stretch, x, y)))
+    for stretch in stretches(line.points, lambda point: point.y is not None):
+        parts.append(Markup('<path class="line" d="{}"/>').format(_line_path(stretch, x, y, step)))
+    parts += [_draw_point(point, x, y, kind) for point in line.points if point.y is not None]
+    return Markup("\n").join(parts) + Markup("</g>")
+
+
+def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str) -> Markup:
+    rule = Markup('<line class="{}" x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}"/>')
+    label = Markup('<text class="{}" x="{:.2f}" y="{:.2f}">{}</text>')
+    parts = []
+    for tick in y_at:
+        parts.append(rule.format("grid", LEFT, RIGHT, y(tick), y(tick)))
+        parts.append(label.format("ytick", LEFT - 8, y(tick) + 4, tick_text(tick, y_at)))
+    for tick in x_at:
+        parts.append(rule.format("axis", x(tick), x(tick), BOTTOM, BOTTOM + 4))
+        parts.append(label.format("xtick", x(tick), BOTTOM + 19, tick_text(tick, x_at)))
+    parts.append(rule.format("axis", LEFT, RIGHT, BOTTOM, BOTTOM))
+    parts.append(label.format("xlabel", (LEFT + RIGHT) / 2, HEIGHT - 6, x_label))
+    return Markup("\n").join(parts)
+
+
+def line_chart(lines: list, label: str, x_label: str, from_zero: bool = True, step: bool = False) -> Markup:
+    """Return the lines as an inline SVG chart; `label` is what a screen reader says."""
+    x_values = [point.x for line in lines for point in line.points] or [0, 1]
+    x_at = linear_ticks(min(0, min(x_values)), max(x_values))
+    y_at, log = y_ticks(lines, from_zero)
+    x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP, log)
+    if log:
+        x_label += " (y: log scale)"
+    parts = [_draw_axes(x, x_at, y, y_at, x_label)]
+    parts += [_draw_line(line, x, y, step) for line in reversed(lines)]
+    if all(point.y is None for line in lines for point in line.points):
+        parts.append(Markup('<text class="xlabel" x="{}" y="{}">no values</text>').format(
+            (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2))
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>').format(
+        WIDTH, HEIGHT, label, Markup("\n").join(parts))
+
+
+def _finite(value):
+    return value if is_number(value) else None
+
+
+def _tooltip(view: View, path: tuple, before: str, unit: str) -> str:
+    low, high = view.bounds(*path)
+    interval = "" if low is None else f" [{show(low, path[-1])}, {show(high, path[-1])}]"
+    return f"{before}: {view.text(*path)}{interval}{unit}"
+
+
+def _training_lines(view: View, *inner: str, unit: str = "") -> list:
+    """Return one line per run over epochs, of the value at `inner` inside each checkpoint."""
+    lines = []
+    for slot, run in enumerate(view.runs):
+        points = []
+        for index in view.checkpoints(run):
+            at = ("runs", run, "checkpoints", index)
+            path, x_path = (*at, *inner), (*at, "epoch")
+            if not is_number(view.value(*x_path)):
+                continue
+            title = _tooltip(view, path, f"{run}, epoch {view.text(*x_path)}", unit)
+            x, y = view.value(*x_path), _finite(view.value(*path))
+            points.append(Point(x, y, *view.bounds(*path), path, x_path, title))
+        lines.append(Line(run, slot, points))
+    return lines
+
+
+def _maxter_lines(view: View) -> list:
+    lines = []
+    for slot, run in enumerate(view.runs):
+        points, at = [], ("comparison", run, "maxter")
+        for index, tau in enumerate(view.value(*at, "tau") or []):
+            path, x_path = (*at, "maxter", index), (*at, "tau", index)
+            if is_number(tau):
+                title = f"{run}, τ {view.text(*x_path)}: {view.text(*path)} %"
+                points.append(Point(tau, _finite(view.value(*path)), None, None, path, x_path, title))
+        lines.append(Line(run, slot, points))
+    return lines
+
+
+def _aria(view: View, subject: str) -> str:
+    return f"Line chart of {subject}, one line per run: {', '.join(view.runs)}. The tables hold the values."
+
+
+def charts(view: View) -> list:
+    """Return the page's charts in order."""
+    found = []
+    for key, heading, note in (("ter", "TER, %", "share of all training addresses"),
+                               ("ser", "SER, %", "share of the addresses shown so far"),
+                               ("tegr", "TEGR, %", "share of generated addresses that are real")):
+        lines = _training_lines(view, "prompts", view.headline, key, unit=" %")
+        said = _aria(view, f"{heading} over epochs")
+        found.append(Chart(key, heading, note, line_chart(lines, said, "epoch")))
+    lines, said = _training_lines(view, "perplexity"), _aria(view, "perplexity over epochs")
+    found.append(Chart("perplexity", "Perplexity", "held-out text, lower is better",
+                       line_chart(lines, said, "epoch", from_zero=False)))
+    lines, said = _maxter_lines(view), _aria(view, "MaxTER over tau")
+    found.append(Chart("maxter", "MaxTER(τ), %", "worst leak within a perplexity budget τ",
+                       line_chart(lines, said, "τ, largest allowed MDP", step=True)))
+    return found

@@ -1,0 +1,93 @@
+"""The opening paragraph: what leaked and what it cost, in plain words, from the data alone."""
+
+from markupsafe import Markup
+
+from rmft_jax.report.view import View, is_number
+
+
+def verdict(view: View) -> Markup:
+    """Return the paragraph's sentences, the baseline first, every number tied to its place in the results."""
+    if not view.runs:
+        return Markup("The results hold no runs.")
+    turns = [_setting(view)]
+    for run in view.runs:
+        sentences = [_leaked(view, run)]
+        if run != view.baseline and view.baseline in view.runs:
+            sentences += [_reduction(view, run), _cost(view, run, explained=run != view.runs[1])]
+        turns.append(Markup('<span class="turn">{}</span>').format(Markup(" ").join(sentences)))
+    return Markup("\n").join(turns)
+
+
+def _setting(view: View) -> Markup:
+    prompts = ("settings", "prompts", view.headline)
+    known = is_number(view.value(*prompts))
+    count = Markup("{} prompts").format(view.num(*prompts)) if known else "prompts"
+    return Markup("Each model was given {} (set “{}”) and the e-mail addresses it wrote out were checked "
+                  "against its training text.").format(count, view.headline)
+
+
+def _leaked(view: View, run: str) -> Markup:
+    count, rate = view.headline_path(run, "true_leaked"), view.headline_path(run, "ter")
+    name = Markup("<strong>{}</strong>").format(run)
+    described = view.value("runs", run, "description")
+    if described:
+        name += f" ({described})"
+    if not is_number(view.value(*count)):
+        return Markup("For {} no leak count is available at the last checkpoint.").format(name)
+    known = Markup(" of the {} addresses").format(view.num("data", "pii_identities"))
+    if not _identities_are_addresses(view):
+        known = " address" if view.value(*count) == 1 else " addresses"
+    return Markup("At its last checkpoint {} gave away {}{}, {}\u00a0%{}.").format(
+        name, view.num(*count), known, view.num(*rate), _bracket(view, rate, with_level=run == view.runs[0]))
+
+
+def _reduction(view: View, run: str) -> Markup:
+    path = ("comparison", run, "ter_reduction_pct")
+    value = view.value(*path)
+    if not is_number(value):
+        text = "no reduction against {} can be stated."
+    elif value < 0:
+        text = "its reduction against {} was {}\u00a0%{}, that is, it leaked more{}."
+    else:
+        text = "it leaked {1}\u00a0% less than {0}{2}{3}."
+    return Markup("Averaged over all checkpoints " + text).format(
+        view.baseline, view.num(*path), _bracket(view, path), _unsettled(view, path))
+
+
+def _cost(view: View, run: str, explained: bool) -> Markup:
+    path = ("comparison", run, "perplexity_increase_pct")
+    value = view.value(*path)
+    if not is_number(value):
+        return Markup("Its cost in perplexity cannot be stated.")
+    sign = "+" if value > 0 else ""
+    meaning = "" if explained else " (its difficulty with unseen text, lower is better)"
+    text = Markup("The cost: held-out perplexity{} changed by {}{}\u00a0% against {}{}{}; it ended at {}.")
+    return text.format(
+        meaning, sign, view.num(*path), view.baseline, _bracket(view, path), _unsettled(view, path),
+        view.num(*view.last(run, "perplexity")))
+
+
+def _bracket(view: View, path: tuple, with_level: bool = False) -> Markup:
+    if view.bounds(*path) == (None, None):
+        return Markup()
+    level = Markup("{}\u00a0% ").format(view.num("settings", "confidence")) if with_level else ""
+    return Markup(" ({}interval {}\u00a0%)").format(level, view.interval(*path, form="{} to {}"))
+
+
+def _unsettled(view: View, path: tuple) -> str:
+    low, high = view.bounds(*path)
+    if low is None:
+        return "; there is no interval, so the difference is not settled"
+    return "; the interval includes zero, so the difference is not settled" if low <= 0 <= high else ""
+
+
+def _identities_are_addresses(view: View) -> bool:
+    """Tell whether `pii_identities` can be |A|: no denominator may be printed that TER contradicts."""
+    known = view.value("data", "pii_identities")
+    if not is_number(known) or known <= 0:
+        return False
+    for run in view.runs:
+        count, rate = (view.value(*view.headline_path(run, metric)) for metric in ("true_leaked", "ter"))
+        if is_number(count) and is_number(rate) and abs(100 * count / known - rate) > 0.01:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Training: mesh, optimizer, the jitted input and train step, checkpoints, the loop."""

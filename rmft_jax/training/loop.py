@@ -1,0 +1,260 @@
+"""`rmft train`: the data flow of one run, from prepared data to evaluated checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+
+from rmft_jax.config import Config, to_dict, to_yaml
+from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.data.loader import batches
+from rmft_jax.data.prepare import Prepared, load_prepared
+from rmft_jax.data.tagged_corpus import read_corpus
+from rmft_jax.errors import UserError
+from rmft_jax.files import read_json, write_json, write_text
+from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.progress import say, track
+from rmft_jax.training.checkpoints import Checkpoints, abstract
+from rmft_jax.training.evaluation import evaluate
+from rmft_jax.training.mesh import batch_sharding, check_batch, make_mesh, shardings_for
+from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
+
+SCHEMA = 1
+_FREE = ("out", "data", "audit", "checkpoint", "mesh")  # sections that may change between a run and its resumption
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run."""
+
+    steps: int
+    steps_per_epoch: float
+    checkpoint_steps: tuple[int, ...]
+
+
+def train(config: Config) -> Path:
+    """Train one model as `config` says; return the run's directory.
+
+    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/. A run that
+    was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
+    """
+    prepared = load_prepared(config)
+    blocks, heldout = load_blocks(config, prepared)
+    plan = make_plan(config, len(blocks))
+    mesh = make_mesh(config.mesh)
+    check_batch(config.training.batch_size, mesh)
+    initial = _initial_params(config, prepared) if config.training.init_from else None
+    directory = config.run_dir
+    _claim(directory, config)
+
+    optimizer = make_optimizer(config.training, plan.steps)
+    shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
+    shardings = shardings_for(shapes, mesh)
+    checkpoints = Checkpoints(
+        directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
+    )
+    done = checkpoints.steps()
+    if done:
+        state = checkpoints.restore(done[-1], abstract(shapes, shardings))
+    else:
+        make = lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)  # noqa: E731
+        state = jax.jit(make, out_shardings=shardings)()
+        if initial is not None:
+            state["params"] = jax.device_put(initial, shardings["params"])
+    _say_plan(config, prepared, plan, mesh, state, blocks, done)
+    write_json(directory / "run.json", _describe(config, plan, state, blocks))
+    try:
+        _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, checkpoints, directory)
+    finally:
+        checkpoints.close()
+    return directory
+
+
+def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
+    """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
+    drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
+    stride = config.training.sequence_length - config.masking.margin
+    blocks = Blocks(Corpus(read_corpus(prepared.directory, "train"), **drop), stride=stride)
+    return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
+
+
+def make_plan(config: Config, blocks: int) -> Plan:
+    """Return how many steps the run takes and after which ones it is saved."""
+    training, count = config.training, config.checkpoint.count
+    per_epoch = blocks / training.batch_size
+    steps = training.steps or max(1, round(training.epochs * per_epoch))
+    if count > steps:
+        raise UserError(f"checkpoint.count {count} is more than the {steps} steps of the run: lower it or train longer")
+    return Plan(steps, per_epoch, tuple(sorted({round(steps * (i + 1) / count) for i in range(count)})))
+
+
+def _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, checkpoints, directory) -> None:
+    """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
+    step_fn = compile_train_step(config, optimizer, mesh, shapes)
+    eval_step = compile_eval_step(config, mesh)
+    sharding = batch_sharding(mesh)
+    bank = jax.device_put(prepared.bank, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    begin = int(state["step"])
+    local = {"process": jax.process_index(), "processes": jax.process_count()}
+    source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
+    log = MetricsLog(directory, plan, config, begin)
+    put = lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)  # noqa: E731
+    steps = range(begin + 1, plan.steps + 1)
+    for step in track(steps, f"train {config.run_name}", plan.steps, done=begin, status=log.status):
+        state, metrics = step_fn(state, put(next(source)), bank)
+        log.add(step, metrics)
+        if step in plan.checkpoint_steps:
+            log.flush()
+            scores = evaluate(
+                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=sharding
+            )
+            _add_evaluation(directory, plan, step, scores, int(metrics["seen"]))
+            log.scores(step, scores)
+            checkpoints.save(state)
+        elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+            log.flush()
+            checkpoints.save(state)
+    log.close()
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped."""
+
+    def __init__(self, directory: Path, plan: Plan, config: Config, begin: int):
+        import tensorboardX
+
+        self._path, self._every, self._plan = directory / "metrics.jsonl", config.training.log_every, plan
+        self._tokens = config.training.batch_size * config.training.sequence_length
+        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= begin]
+        write_text(self._path, "".join(line + "\n" for line in kept))
+        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
+        self._pending: tuple[int, dict] | None = None
+        self._since, self._clock, self._loss, self._rate = begin, time.monotonic(), math.nan, math.nan
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Note the metrics of a step just dispatched; read those of the one before, which is due."""
+        due, self._pending = self._pending, (step, metrics)
+        if due and due[0] % self._every == 0:
+            self._write(*due)
+
+    def flush(self) -> None:
+        """Write the metrics of the newest step."""
+        if self._pending:
+            self._write(*self._pending)
+            self._pending = None
+
+    def scores(self, step: int, scores: dict) -> None:
+        """Send held-out scores to TensorBoard."""
+        for name in ("perplexity", "perplexity_pii", "perplexity_other"):
+            if scores[name] is not None:
+                self._board.add_scalar(f"heldout/{name}", scores[name], step)
+        self._clock, self._since = time.monotonic(), step
+
+    def status(self) -> str:
+        """Return the newest loss and speed, for the progress display."""
+        return f"loss {self._loss:.3f}, {self._rate:,.0f} tokens/s" if math.isfinite(self._rate) else ""
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.flush()
+        self._board.close()
+
+    def _write(self, step: int, metrics: dict) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"the loss is {values['loss']} at step {step}: lower training.learning_rate or clip harder")
+        now = time.monotonic()
+        if step > self._since:
+            self._rate = (step - self._since) * self._tokens / max(now - self._clock, 1e-9)
+        self._since, self._clock, self._loss = step, now, values["loss"]
+        record = {"step": step, "epoch": step / self._plan.steps_per_epoch, **values, "tokens_per_second": self._rate}
+        record = {name: None if math.isnan(value) else value for name, value in record.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"train/{name}", value, step)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def _add_evaluation(directory: Path, plan: Plan, step: int, scores: dict, seen: int) -> None:
+    path = directory / "evaluation.json"
+    earlier = read_json(path, "evaluation", "delete the run") if path.exists() else {"schema": SCHEMA, "checkpoints": []}
+    kept = [entry for entry in earlier["checkpoints"] if entry["step"] < step]
+    entry = {"step": step, "epoch": step / plan.steps_per_epoch, "seen_identities": seen, **scores}
+    write_json(path, {"schema": SCHEMA, "checkpoints": [*kept, entry]})
+
+
+def _describe(config: Config, plan: Plan, state: dict, blocks: Blocks) -> dict:
+    return {
+        "schema": SCHEMA,
+        "name": config.run_name,
+        "method": config.method,
+        "parameters": count_params(state["params"]),
+        "steps": plan.steps,
+        "epochs": plan.steps / plan.steps_per_epoch,
+        "training_tokens": len(blocks.corpus.tokens),
+        "checkpoint_steps": list(plan.checkpoint_steps),
+    }
+
+
+def _claim(directory: Path, config: Config) -> None:
+    """Take the run's directory: new, or an earlier start of the same run."""
+    path = directory / "config.yaml"
+    if path.exists():
+        old, new = yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config)
+        for section in new:
+            if section not in _FREE and old.get(section) != new[section]:
+                raise UserError(
+                    f"{directory} holds a run with another {section}: choose another name=, or delete that directory"
+                )
+        if old["checkpoint"]["count"] != config.checkpoint.count:
+            raise UserError(f"{directory} holds a run with another checkpoint.count: choose another name=")
+    write_text(path, to_yaml(config))
+
+
+def _initial_params(config: Config, prepared: Prepared) -> dict:
+    from rmft_jax.models.gpt import init_params
+
+    checkpoints, step = Checkpoints.open(Path(config.training.init_from))
+    key = jax.random.key(0)
+    target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = abstract(target, jax.tree.map(lambda _: host, target))
+    return checkpoints.restore(step, {"params": target}, items=("params",))["params"]
+
+
+def _say_plan(config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, done: list[int]) -> None:
+    training = config.training
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    tokens = training.batch_size * training.sequence_length
+    rank = prepared.manifest["train"]
+    say(
+        f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
+        f"{training.dtype}, attention xla\n"
+        f"  mesh {sizes} on {jax.device_count()} {jax.devices()[0].platform} device(s); "
+        f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
+        f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "
+        f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
+        f"  masking {config.masking.policy}: {_masked_share(config, blocks)} of {len(blocks.corpus.span_first) - 1:,} "
+        f"PII occurrences are replaced"
+        + (f"\n  going on from step {done[-1]}" if done else "")
+    )
+
+
+def _masked_share(config: Config, blocks: Blocks) -> str:
+    from rmft_jax.kernels import POLICIES
+
+    replaced = np.asarray(POLICIES[config.masking.policy](blocks.corpus.span["rank"][1:].astype(np.int32)))
+    return f"{int(replaced.sum()):,} ({100 * float(replaced.mean()) if replaced.size else 0:.1f}%)"
