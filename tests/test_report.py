@@ -1,6 +1,7 @@
 """The report page and the terminal table show results.json: every figure, rounded, in its place, escaped."""
 
 import copy
+import io
 import json
 import math
 import re
@@ -43,7 +44,8 @@ def make_run(slot: int) -> dict:
             "perplexity_pii": loss / 2.3, "perplexity_other": loss * 1.2, "mdp": slot * 0.0512345,
             "prompts": rates})
     return {"method": ("none", "rmft", "dedup")[slot], "description": f"method & <b>{slot}</b>",
-            "parameters": 1200000 + slot, "steps": 800, "epochs": 8.2, "checkpoints": checkpoints}
+            "parameters": 1200000 + slot, "steps": 800, "epochs": 8.2, "training_tokens": 819200,
+            "checkpoints": checkpoints}
 
 
 def make_comparison(slot: int) -> dict:
@@ -238,6 +240,22 @@ def test_verdict_names_more_leakage_and_a_missing_comparison(results, write):
     assert "no reduction against baseline can be stated" in text
 
 
+def test_verdict_does_not_take_an_interval_without_width_for_certainty(results, write):
+    results["comparison"]["rmft.p0.5"].update(ter_reduction_pct=100.0, ter_reduction_pct_ci=[100.0, 100.0])
+    assert "an interval without width is no proof" in write(results).by_id("verdict")["text"]
+
+
+def test_headline_reductions_are_taken_from_the_top_where_the_set_has_none(results, write):
+    for run in RUNS:
+        del results["comparison"][run]["prompts"]["all"]
+    paths = {item["attrs"]["data-path"] for item in write(results).having("data-path", inside="sets")}
+    for run in RUNS:
+        key = path_text((run,))
+        assert {f"comparison.{key}.ter_reduction_pct", f"comparison.{key}.ter_reduction_pct_ci.0",
+                f"comparison.{key}.prompts.heldout.ter_reduction_pct"} <= paths
+        assert f"comparison.{key}.ter_reduction_pct_ci.1" in paths
+
+
 def test_nothing_is_executed_or_loaded(results, write, tmp_path):
     page = write(results)
     source = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -329,7 +347,7 @@ def test_failed_report_leaves_the_old_file(results, tmp_path):
 
 def printed(results) -> list:
     """Return the terminal table as lines, as it is when piped."""
-    console = Console(width=100, force_terminal=False, record=True, file=open("/dev/null", "w"))
+    console = Console(width=100, force_terminal=False, record=True, file=io.StringIO())
     console.print(text_table(results))
     return console.export_text().splitlines()
 

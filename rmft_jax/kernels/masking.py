@@ -51,6 +51,7 @@ class MaskedBatch(NamedTuple):
     """What the model is shown.
 
     tokens, segment_ids: int32 [B, N]; origin: int32 [B, N], TEXT, PII (true, or what a replaced span kept) or SURROGATE.
+    source: int32 [B, N], the position in the tagged row that each token stands for; W = padding.
     shown: bool [B, S], True where a true PII value stands in the row as a whole.
     cut: int32 [B], tokens that surrogates pushed out of the row.
     """
@@ -58,6 +59,7 @@ class MaskedBatch(NamedTuple):
     tokens: jax.Array
     segment_ids: jax.Array
     origin: jax.Array
+    source: jax.Array
     shown: jax.Array
     cut: jax.Array
 
@@ -84,6 +86,7 @@ def draw_surrogates(key, row, bank: SurrogateBank) -> tuple[jax.Array, jax.Array
 
     Returns: anchor int32 [S], uniform over the anchor classes of the span's type; row int32 [C], uniform over the bank.
     """
+    bank = SurrogateBank(*map(jnp.asarray, bank))
     key = jax.random.fold_in(key, row.epoch)
     span_keys = jax.vmap(lambda id: jax.random.fold_in(key, id))(row.span_id)
     anchor_bits = jax.vmap(lambda k: jax.random.bits(k, dtype=jnp.uint32))(span_keys)
@@ -114,6 +117,7 @@ def mask_batch(batch: TaggedBatch, bank: SurrogateBank, key, *, policy: str, len
     Raises: KeyError for an unknown policy.
     """
     replaces = POLICIES[policy]
+    bank = SurrogateBank(*map(jnp.asarray, bank))
     if policy == "none":
         return _unmasked(batch, length)
 
@@ -135,6 +139,7 @@ def mask_batch(batch: TaggedBatch, bank: SurrogateBank, key, *, policy: str, len
             tokens=spliced.tokens,
             segment_ids=jnp.where(inside, row.segment_ids[at], 0),
             origin=jnp.where(inside, origin, TEXT),
+            source=spliced.source,
             shown=shown,
             cut=jnp.maximum(spliced.ends[-1] - length, 0),
         )
@@ -145,11 +150,17 @@ def mask_batch(batch: TaggedBatch, bank: SurrogateBank, key, *, policy: str, len
 def _unmasked(batch: TaggedBatch, length: int) -> MaskedBatch:
     """Return the rows as they are, padded or cut to `length`: what any policy gives when it replaces nothing."""
     width = batch.tokens.shape[1]
-    fit = lambda array: jnp.pad(array, ((0, 0), (0, max(0, length - width))))[:, :length]  # noqa: E731
+    valid = batch.segment_ids > 0
+
+    def fit(array, missing=0):
+        array = jnp.where(valid, array, missing)
+        return jnp.pad(array, ((0, 0), (0, max(0, length - width))), constant_values=missing)[:, :length]
+
     return MaskedBatch(
-        tokens=fit(jnp.where(batch.segment_ids > 0, batch.tokens, 0)),
+        tokens=fit(batch.tokens),
         segment_ids=fit(batch.segment_ids),
-        origin=fit(jnp.where((batch.component > 0) & (batch.segment_ids > 0), PII, TEXT)),
+        origin=fit(jnp.where(batch.component > 0, PII, TEXT)),
+        source=fit(jnp.arange(width, dtype=jnp.int32), width),
         shown=(batch.span_end >= 0) & (batch.span_end < length),
-        cut=jnp.maximum(jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32) - length, 0),
+        cut=jnp.maximum(jnp.sum(valid, axis=1, dtype=jnp.int32) - length, 0),
     )

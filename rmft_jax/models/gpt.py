@@ -33,10 +33,10 @@ _UNROLL = 4
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: [L, B, S, H, D] each."""
+    """Keys and values of the tokens so far: an array [B, H, S, D] for each layer, read without a transpose."""
 
-    k: jax.Array
-    v: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
 
 
 class Attention(nnx.Module):
@@ -51,14 +51,12 @@ class Attention(nnx.Module):
         out_scale = (2 * config.layers * config.width) ** -0.5
         self.out = nnx.Linear(config.width, config.width, use_bias=False, kernel_init=normal(out_scale), rngs=rngs)
 
-    def __call__(self, x_BTE, positions, mask, cache=None, at=None):
+    def __call__(self, x_BTE, positions, attend):
         batch, length, width = x_BTE.shape
         q, k, v = jnp.split(self.qkv(x_BTE).reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
         q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k, (0, at, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v, (0, at, 0, 0))
-        return self.out(attention(q, k, v, mask).reshape(batch, length, width)), (k, v)
+        attended, kept = attend(q, k, v)
+        return self.out(attended.reshape(batch, length, width)), kept
 
 
 class MLP(nnx.Module):
@@ -86,10 +84,11 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTE, positions, mask, cache=None, at=None):
-        attended, cache = self.attention(self.attention_norm(x_BTE), positions, mask, cache, at)
+    def __call__(self, x_BTE, positions, attend):
+        """attend: (q, k, v) -> (attended, anything to hand on), the one thing in which training and decoding differ."""
+        attended, kept = self.attention(self.attention_norm(x_BTE), positions, attend)
         x_BTE = x_BTE + attended
-        return x_BTE + self.mlp(self.mlp_norm(x_BTE)), cache
+        return x_BTE + self.mlp(self.mlp_norm(x_BTE)), kept
 
 
 def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
@@ -146,8 +145,11 @@ def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(segment_ids)
 
+    def attend(q, k, v):
+        return attention(q, k, v, mask), None
+
     def body(x, block):
-        return _run_block(config, block, x, positions, mask)[0], None
+        return _run_block(config, block, x, positions, attend)
 
     x, _ = jax.lax.scan(body, params["embed"][tokens], params["blocks"], unroll=_UNROLL)
     return _normalise(x, params["final_norm"]["scale"]) @ params["embed"].T
@@ -163,12 +165,16 @@ def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: i
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     mask = causal_mask(valid.astype(jnp.int32))
 
+    room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
+
+    def attend(q, k, v):
+        return attention(q, k, v, mask), Cache(*(jnp.pad(x.swapaxes(1, 2), room) for x in (k, v)))
+
     def body(x, block):
-        x, (k, v) = _run_block(config, block, x, positions, mask)
-        room = ((0, 0), (0, cache_length - length), (0, 0), (0, 0))
-        return x, Cache(jnp.pad(k, room), jnp.pad(v, room))
+        return _run_block(config, block, x, positions, attend)
 
     x, cache = jax.lax.scan(body, params["embed"][tokens], params["blocks"])
+    cache = Cache(tuple(cache.k), tuple(cache.v))
     return _normalise(x[:, -1], params["final_norm"]["scale"]) @ params["embed"].T, cache
 
 
@@ -180,10 +186,26 @@ def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache, *,
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     positions = jnp.broadcast_to(at, (token.shape[0], 1))
 
-    def body(x, layer):
-        block, layer_cache = layer
-        x, (k, v) = _run_block(config, block, x, positions, valid[:, None, :], layer_cache, at)
-        return x, Cache(k, v)
+    x = params["embed"][token][:, None]
+    layers = []
+    # Unrolled, a pair of arrays a layer: XLA then writes each cache in place, where a scan would copy all of it.
+    for number in range(config.layers):
 
-    x, cache = jax.lax.scan(body, params["embed"][token][:, None], (params["blocks"], cache))
+        def attend(q, k, v, number=number):
+            def write(old, new):
+                return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, at, 0))
+
+            kept = write(cache.k[number], k), write(cache.v[number], v)
+            return _attend_one(q, *kept, valid), kept
+
+        x, kept = _run_block(config, jax.tree.map(lambda p, n=number: p[n], params["blocks"]), x, positions, attend)
+        layers.append(kept)
+    cache = Cache(*zip(*layers, strict=True))
     return _normalise(x[:, 0], params["final_norm"]["scale"]) @ params["embed"].T, cache
+
+
+def _attend_one(q, k, v, valid):
+    """Attend with one query a row. q: [B, 1, H, D]; k, v: [B, H, S, D]; valid: bool [B, S]. Returns [B, 1, H, D]."""
+    scores = jnp.einsum("bhd,bhsd->bhs", q[:, 0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(valid[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
+    return jnp.einsum("bhs,bhsd->bhd", weights.astype(v.dtype), v)[:, None]

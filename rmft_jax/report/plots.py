@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -97,7 +98,7 @@ def tick_text(tick: float, ticks: list) -> str:
     """Return the tick's label with just the decimals that its neighbours need."""
     if max(map(abs, ticks)) >= 1e5:
         return f"{tick:.3g}"
-    gap = min(b - a for a, b in zip(ticks, ticks[1:]))
+    gap = min(b - a for a, b in pairwise(ticks))
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     return f"{tick:,.{decimals}f}".replace("-", "−")
 
@@ -175,16 +176,21 @@ def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str) -> Markup
     return Markup("\n").join(parts)
 
 
-def line_chart(lines: list, label: str, x_label: str, from_zero: bool = True, step: bool = False) -> Markup:
-    """Return the lines as an inline SVG chart; `label` is what a screen reader says."""
+def line_chart(
+        lines: list, label: str, x_label: str, from_zero: bool = True, stepped: bool = False) -> Markup:
+    """Return the lines as an inline SVG chart.
+
+    label: what a screen reader says. from_zero: the y axis starts at zero. stepped: steps over an x axis
+    that starts where the values do, not at zero.
+    """
     x_values = [point.x for line in lines for point in line.points] or [0, 1]
-    x_at = linear_ticks(min(0, min(x_values)), max(x_values))
+    x_at = linear_ticks(min(x_values) if stepped else min(0, min(x_values)), max(x_values))
     y_at, log = y_ticks(lines, from_zero)
     x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP, log)
     if log:
         x_label += " (y: log scale)"
     parts = [_draw_axes(x, x_at, y, y_at, x_label)]
-    parts += [_draw_line(line, x, y, step) for line in reversed(lines)]
+    parts += [_draw_line(line, x, y, stepped) for line in reversed(lines)]
     if all(point.y is None for line in lines for point in line.points):
         parts.append(Markup('<text class="xlabel" x="{}" y="{}">no values</text>').format(
             (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2))
@@ -250,5 +256,5 @@ def charts(view: View) -> list:
                        line_chart(lines, said, "epoch", from_zero=False)))
     lines, said = _maxter_lines(view), _aria(view, "MaxTER over tau")
     found.append(Chart("maxter", "MaxTER(τ), %", "worst leak within a perplexity budget τ",
-                       line_chart(lines, said, "τ, largest allowed MDP", step=True)))
+                       line_chart(lines, said, "τ, largest allowed MDP", stepped=True)))
     return found

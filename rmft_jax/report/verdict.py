@@ -78,7 +78,10 @@ def _unsettled(view: View, path: tuple) -> str:
     low, high = view.bounds(*path)
     if low is None:
         return "; there is no interval, so the difference is not settled"
-    return "; the interval includes zero, so the difference is not settled" if low <= 0 <= high else ""
+    if low <= 0 <= high:
+        return "; the interval includes zero, so the difference is not settled"
+    # A bootstrap of nothing but zeros has no spread: it must not read as certainty.
+    return "; an interval without width is no proof, see the intervals of the rates" if low == high else ""
 
 
 def _identities_are_addresses(view: View) -> bool:

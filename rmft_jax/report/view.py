@@ -98,6 +98,13 @@ class View:
         """Return the path of a metric at the run's last checkpoint on the headline prompt set."""
         return self.last(run, "prompts", self.headline, metric)
 
+    def reduction_path(self, run: str, prompts: str, metric: str) -> tuple:
+        """Return the path of a reduction on one prompt set; the headline set's may stand only at the top."""
+        own = ("comparison", run, "prompts", prompts, metric)
+        if prompts == self.headline and lookup(self.results, own) is MISSING:
+            return ("comparison", run, metric)
+        return own
+
     def text(self, *parts) -> str:
         """Return the displayed text of the value at the path."""
         return show(self.value(*parts), leaf_name(parts))

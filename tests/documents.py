@@ -1,0 +1,50 @@
+"""Random documents with addresses in awkward places, and their tagged form, for the masking tests."""
+
+import random
+
+import numpy as np
+
+from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.data.tagging import Identities, tag
+from rmft_jax.pii.types import detect
+
+NAMES = ["ann", "bob.stone", "j", "carla.van.der.berg", "x_17", "Dora", "maximilian", "f..brawner", "a-b"]
+DOMAINS = ["alder.example.com", "b.example.org", "mail.quartz-works.example.net", "C.EXAMPLE.COM", "zz.co.uk"]
+WORDS = "please send the report to our office by Monday at 10:30, thanks -- see  notes\n\tbelow: é–ü".split(" ")
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    """Texts with addresses at both ends, side by side, or nowhere; values repeat within and across documents."""
+    rng = random.Random(seed)
+    address = lambda: f"{rng.choice(NAMES)}@{rng.choice(DOMAINS)}"  # noqa: E731
+    texts = []
+    for number in range(count):
+        words = [rng.choice(WORDS) for _ in range(rng.randint(1, 30))]
+        kind = number % 5
+        if kind == 1:  # at both ends
+            words = [address(), *words, address()]
+        elif kind == 2:  # neighbours, only a separator between them
+            words.insert(rng.randint(0, len(words)), rng.choice([",", ";", ", ", " <"]).join(address() for _ in range(4)))
+        elif kind == 3:  # anywhere
+            for _ in range(rng.randint(1, 6)):
+                words.insert(rng.randint(0, len(words)), address())
+        elif kind == 4:  # nothing else
+            words = [address()]
+        texts.append(" ".join(words))
+    return texts
+
+
+def tagged(texts: list[str], tokenizer):
+    """Return the texts' spans, their numbering and their records."""
+    spans = [detect(text) for text in texts]
+    identities = Identities.empty()
+    numbering = [identities.add(found) for found in spans]
+    records = list(tag(list(zip(texts, spans, strict=True)), numbering, tokenizer))
+    for number, record in enumerate(records):
+        record |= {"document": number, "duplicate": np.zeros(len(record["tokens"]), np.uint8)}
+    return spans, numbering, records
+
+
+def blocks_of(records: list[dict], stride: int) -> Blocks:
+    """Cut records into blocks."""
+    return Blocks(Corpus(records), stride=stride)
