@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from rmft_jax.errors import UserError
 
@@ -17,7 +18,6 @@ app = typer.Typer(
     "The main job: prepare -> train (once as baseline, once with masking) -> audit -> compare -> report.\n\n"
     "`rmft demo` does all of it on a bundled corpus. Any setting can follow a command as key.path=value.",
     add_completion=True,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as configs/enron_cpu.yaml.")]
@@ -172,15 +172,23 @@ def _print_table(results: dict) -> None:
 def main() -> None:
     """Run the command line. Exit code 2 for a mistake the user can mend, 1 for a fault of ours, with its traceback."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app(standalone_mode=True)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except TyperException as error:  # an unknown option, a missing argument
+        _fail(f"{error.format_message()} (see rmft {' '.join(sys.argv[1:2])} --help)")
     except KeyboardInterrupt:
         print("interrupted; finished checkpoints are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def _bar(items: Iterable[Item], what: str, total: int, done: int, status: Callab
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[status]}"))
+    text = (TextColumn("{task.description}"), TextColumn("{task.fields[status]}"))
+    columns = (text[0], BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), text[1])
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=total, completed=done, status="")
         for item in items:

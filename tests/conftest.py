@@ -9,7 +9,6 @@ import pytest  # noqa: E402
 from rmft_jax.config import load_config  # noqa: E402
 from rmft_jax.data.prepare import load_prepared, prepare  # noqa: E402
 
-
 TINY = [
     "source.limit=120", "tokenizer.vocab_size=700", "model.layers=2", "model.width=32", "model.heads=2",
     "training.batch_size=8", "training.sequence_length=64", "training.log_every=5", "checkpoint.count=2",

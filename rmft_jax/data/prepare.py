@@ -64,10 +64,6 @@ def prepare(config: Config) -> dict:
         return manifest
     partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{partial.parent} cannot be written ({error.strerror}): choose another out=") from None
         manifest = _prepare_into(partial, config)
         partial.rename(directory)
     finally:
@@ -120,6 +116,10 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     for record in heldout:
         record["duplicate"] = np.zeros(len(record["tokens"]), np.uint8)
 
+    try:
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory.parent} cannot be written ({error.strerror}): choose another out=") from None
     write_corpus(directory, {"train": lambda: train, "heldout": lambda: heldout})
     tokenizer.save(directory / "tokenizer.model")
     write_arrays(directory / "bank.npz", bank._asdict())

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> 
                 texts.append(_cut(text, config))
             if limit and len(texts) >= limit:
                 break
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"source {path} cannot be read ({reason}): check the path, and that the file is whole") from None
     return texts

@@ -6,6 +6,7 @@ Anybody's program can read it: `tfds.builder_from_directory(DIR).as_data_source(
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,7 @@ def read_corpus(directory: Path, split: str) -> Iterator[dict[str, np.ndarray]]:
     yield from sorted(records, key=lambda record: record["document"])
 
 
+@functools.cache  # TFDS registers a builder by its name, once
 def _builder_class() -> type:
     import tensorflow_datasets as tfds
 

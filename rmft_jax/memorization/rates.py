@@ -102,7 +102,10 @@ def bootstrap_counts(members: np.ndarray, leaks: np.ndarray) -> np.ndarray:
 
 
 def resample(sizes: Sequence[int], count: int, seed: int) -> np.ndarray:
-    """Draw `count` bootstrap resamples within strata of the given sizes; return how often each item is in, int [count, N]."""
+    """Draw `count` bootstrap resamples within strata of the given sizes.
+
+    Returns int [count, N]: how often each of the N items (all strata in a row) is in each resample.
+    """
     rng = np.random.default_rng(seed)
     parts = [rng.multinomial(size, np.full(size, 1 / size), size=count) for size in sizes]
     return np.concatenate(parts, axis=1)

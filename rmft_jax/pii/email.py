@@ -14,7 +14,11 @@ LOCAL, DOMAIN, TLD = "email_local", "email_domain", "email_tld"
 _PATTERN = re.compile(
     r"[A-Za-z0-9_](?:[A-Za-z0-9._%+'&=-]{0,62}[A-Za-z0-9_+-])?@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}"
 )
-_TLDS = ["com", "net", "org", "edu", "gov", "mil", "int", "info", "biz", "name", "co.uk", "org.uk", "ac.uk", "ca", "com.au", "net.au", "de", "fr", "nl", "be", "es", "it", "ch", "at", "se", "no", "dk", "fi", "ie", "pt", "pl", "cz", "gr", "ru", "jp", "co.jp", "cn", "com.cn", "in", "co.in", "kr", "sg", "com.sg", "hk", "com.hk", "tw", "nz", "co.nz", "za", "co.za", "br", "com.br", "mx", "com.mx", "ar", "cl", "il", "us", "eu", "tv", "cc", "me", "io", "aero", "coop", "museum", "travel"]
+_TLDS = (
+    "com net org edu gov mil int info biz name co.uk org.uk ac.uk ca com.au net.au de fr nl be es it ch at se no dk fi "
+    "ie pt pl cz gr ru jp co.jp cn com.cn in co.in kr sg com.sg hk com.hk tw nz co.nz za co.za br com.br mx com.mx ar "
+    "cl il us eu tv cc me io aero coop museum travel"
+).split()
 
 
 def find(text: str) -> Iterator[tuple[int, int]]:

@@ -62,6 +62,10 @@ def train(config: Config) -> Path:
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
     )
     done = checkpoints.steps()
+    if done and done[-1] >= plan.steps:
+        say(f"{directory}: already trained, {plan.steps} steps")
+        checkpoints.close()
+        return directory
     if done:
         state = checkpoints.restore(done[-1], abstract(shapes, shardings))
     else:

@@ -1,0 +1,183 @@
+"""From text to blocks without loss: round trips, ranks, and every token a target exactly once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from documents import blocks_of, random_texts, tagged
+
+from rmft_jax.config import load_config
+from rmft_jax.data.loader import batches, sequential_batches
+from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.data.sources import read_documents
+from rmft_jax.data.tagged_corpus import read_corpus
+from rmft_jax.data.tokenizer import Tokenizer
+from rmft_jax.errors import UserError
+from rmft_jax.kernels import target_mask
+from rmft_jax.pii.types import detect
+
+ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
+
+
+def check_round_trip(texts, tokenizer):
+    """Tokens decode to the text, spans to the detected values, ranks to a naive count."""
+    spans, numbering, records = tagged(texts, tokenizer)
+    counts: dict[str, int] = {}
+    ids = []
+    for text, found, numbers, record in zip(texts, spans, numbering, records, strict=True):
+        assert tokenizer.decode(record["tokens"]) == text
+        component = record["component"].astype(int)
+        for number, span in enumerate(found):
+            mine = (component > 0) & (np.append(record["component_span"], -1)[component - 1] == number)
+            assert tokenizer.decode(record["tokens"][mine]).lower() == span.value
+            assert numbers["span_rank"][number] == counts.get(span.value, 0)
+            counts[span.value] = counts.get(span.value, 0) + 1
+        outside = [tokenizer.decode(run) for run in np.split(record["tokens"], np.flatnonzero(component > 0)) if len(run)]
+        assert not any(detect(part) for part in outside if "@" not in part)
+        ids += numbers["span_id"]
+    assert ids == list(range(len(ids)))
+
+
+def test_round_trip_on_random_documents(prepared):
+    check_round_trip(random_texts(500, seed=1), prepared.tokenizer)
+
+
+def test_round_trip_on_bundled_mail(prepared, tiny):
+    check_round_trip(read_documents(tiny().source, seed=0).train, prepared.tokenizer)
+
+
+@pytest.mark.skipif(not ENRON.exists(), reason="the Enron sample is not beside the project")
+def test_round_trip_on_enron():
+    config = load_config(None, ["source.format=jsonl", f"source.path={ENRON}", "source.text_field=raw", "source.limit=400"])
+    texts = read_documents(config.source, seed=0).train
+    tokenizer = Tokenizer.train([text for text in texts if "@" not in text] + texts, config.tokenizer)
+    check_round_trip(texts, tokenizer)
+
+
+def test_no_piece_of_the_vocabulary_holds_pii(prepared, tiny):
+    values = {span.value for text in read_documents(tiny().source, seed=0).train for span in detect(text)}
+    pieces = [prepared.tokenizer.decode([id]) for id in range(prepared.tokenizer.vocab_size)]
+    assert not any("@" in piece and len(piece) > 1 for piece in pieces)
+    assert not any(piece.strip().lower() in values for piece in pieces)
+
+
+def test_no_surrogate_is_a_real_component(prepared, tiny):
+    texts = read_documents(tiny().source, seed=0).train
+    real = {word for text in texts for span in detect(text) for word in span.value.partition("@")[0].split(".")}
+    bank = prepared.bank
+    words = {
+        prepared.tokenizer.decode(bank.tokens[1, row, : bank.lengths[1, row]]) for row in range(int(bank.counts[1]))
+    }
+    assert len(words) > 300 and not words & real
+
+
+def test_every_token_is_a_target_once(prepared):
+    for stride in (7, 40, 10_000):
+        blocks = blocks_of(tagged(random_texts(60, seed=5), prepared.tokenizer)[2], stride=stride)
+        targets, documents = [], []
+        for batch, owner in sequential_batches(blocks, batch_size=4):
+            is_target = np.asarray(target_mask(batch.segment_ids))
+            targets += batch.tokens[:, 1:][is_target].tolist()
+            documents += owner[:, 1:][is_target].tolist()
+        first = np.concatenate([[True], np.diff(blocks.corpus.document) > 0])
+        assert targets == blocks.corpus.tokens[~first].tolist()
+        assert documents == blocks.corpus.document[~first].tolist()
+
+
+def test_loader_is_a_permutation_each_epoch_split_without_loss_and_resumable(prepared):
+    blocks = blocks_of(tagged(random_texts(200, seed=6), prepared.tokenizer)[2], stride=20)
+    size = len(blocks)
+    original = [blocks[i]["tokens"].tolist() for i in range(size)]
+
+    def rows(start=0, steps=2 * size // 8, process=0, processes=1):
+        source = batches(blocks, batch_size=8, seed=3, start=start, process=process, processes=processes)
+        return [
+            [(row.tolist(), int(epoch)) for row, epoch in zip(batch.tokens, batch.epoch, strict=True)]
+            for _, batch in zip(range(steps), source, strict=False)
+        ]
+
+    whole = rows()
+    flat = [row for batch in whole for row in batch]
+    for epoch in (0, 1):
+        got = [row for row, e in flat if e == epoch]
+        assert sorted(got) == sorted(original)[: len(got)] or set(map(tuple, got)) <= set(map(tuple, original))
+    assert sorted(row for row, _ in flat[:size]) == sorted(original)
+    assert [row for row, _ in flat[:size]] != original
+    assert [row for row, _ in flat[:size]] != [row for row, _ in flat[size : 2 * size]]
+    assert rows(start=5, steps=4) == whole[5:9]
+    halves = [rows(steps=6, process=p, processes=2) for p in (0, 1)]
+    for step in range(6):
+        assert sorted(halves[0][step] + halves[1][step]) == sorted(whole[step])
+
+
+def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):
+    import sys
+
+    import tensorflow_datasets as tfds
+
+    folder = prepared.directory / "tagged_corpus" / "1.0.0"
+    source = tfds.builder_from_directory(str(folder)).as_data_source("train")
+    assert len(source) == prepared.manifest["train"]["documents"]
+    assert set(source[0]) >= {"tokens", "component", "span_rank", "document"}
+    assert "tensorflow" not in sys.modules
+
+
+def test_prepare_counts_and_repeats_itself(tiny, tmp_path):
+    config = load_config(None, ["source.limit=60", "tokenizer.vocab_size=600", f"out={tmp_path}/a"])
+    manifest = prepare(config)
+    documents = read_documents(config.source, seed=config.seed)
+    found = [span.value for text in documents.train for span in detect(text)]
+    assert manifest["train"]["pii_occurrences"] == len(found)
+    assert manifest["pii_identities"] == len(set(found))
+    assert manifest["pii_repeating_pct"] == pytest.approx(100 * (1 - len(set(found)) / len(found)))
+    again = prepare(load_config(None, ["source.limit=60", "tokenizer.vocab_size=600", f"out={tmp_path}/b"]))
+    assert again["content_hash"] == manifest["content_hash"]
+    with pytest.raises(UserError, match="source.limit"):
+        load_prepared(load_config(None, ["source.limit=61", "tokenizer.vocab_size=600", f"out={tmp_path}/a"]))
+    assert (tmp_path / "a/data/identity.key").stat().st_mode & 0o077 == 0
+
+
+def test_dedup_leaves_out_what_was_flagged(tiny, prepared):
+    from rmft_jax.training.loop import load_blocks
+
+    records = list(read_corpus(prepared.directory, "train"))
+    for policy, kept in (("none", {0, 1, 2}), ("near", {0, 2}), ("near_exact", {0})):
+        blocks, _ = load_blocks(tiny(f"dedup.policy={policy}"), prepared)
+        expected = np.concatenate([r["tokens"][np.isin(r["duplicate"], list(kept))] for r in records])
+        assert blocks.corpus.tokens.tolist() == expected.tolist()
+    assert sum((r["duplicate"] == 1).any() for r in records) > 0 < sum((r["duplicate"] == 2).any() for r in records)
+
+
+def test_sources(tmp_path):
+    path = tmp_path / "mail.jsonl"
+    path.write_text('{"body": "one"}\n\n{"body": "two"}\nnot json\n{"text": "three"}\n{"body": "four\\n"}\n')
+    base = ["source.format=jsonl", f"source.path={path}", "source.text_field=body", "source.heldout_fraction=0.3"]
+    with pytest.raises(UserError, match="line 4 is not valid JSON"):
+        read_documents(load_config(None, base).source, seed=0)
+    documents = read_documents(load_config(None, [*base, "source.on_error=skip"]).source, seed=0)
+    assert sorted(documents.train + documents.heldout) == ["four\n", "one", "two"] and documents.skipped == 2
+    text = tmp_path / "plain.txt"
+    text.write_bytes("a\nb\n<|endoftext|>\nc\r\nd\n<|endoftext|>\n \xff\n".encode("latin-1"))
+    base = ["source.format=text", f"source.path={text}", "source.heldout_fraction=0.3"]
+    documents = read_documents(load_config(None, base).source, seed=0)
+    assert sorted(documents.train + documents.heldout) == [" \ufffd\n", "a\nb\n", "c\r\nd\n"]
+    with pytest.raises(UserError, match="no training documents|no held-out documents"):
+        (tmp_path / "empty.jsonl").write_text("")
+        read_documents(load_config(None, ["source.format=jsonl", f"source.path={tmp_path}/empty.jsonl"]).source, seed=0)
+
+
+def test_detection_of_addresses():
+    cases = {
+        "to Ann.Lee@Example.COM.": ["ann.lee@example.com"],
+        "<a@b.co>,c_d@e-f.org;x": ["a@b.co", "c_d@e-f.org"],
+        "f..brawner@enron.com": ["f..brawner@enron.com"],
+        "'o'neil@x.com'": ["o'neil@x.com"],
+        "evans@thyme and @home.com and a@b": [],
+        "=20joe@x.com": ["20joe@x.com"],
+        "mailto:joe+tag@mail.x.co.uk?subject": ["joe+tag@mail.x.co.uk"],
+        "x" * 100_000 + "@" + "y" * 100: [],
+    }
+    for text, values in cases.items():
+        assert [span.value for span in detect(text)] == values, text[:40]
+    assert json.dumps([s.value for s in detect("a@b.co A@B.CO", ignore=frozenset({"a@b.co"}))]) == "[]"
