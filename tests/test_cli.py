@@ -78,6 +78,8 @@ def test_audit_agrees_with_a_recount_of_its_own_leaks(demo):
             pooled |= true
             assert checkpoint["prompts"][name]["true_leaked"] == len(true)
             assert checkpoint["prompts"][name]["leaked"] == len({record["hash"] for record in records})
+        low, high = checkpoint["perplexity_ci"]
+        assert low < checkpoint["perplexity"] < high and checkpoint["mdp"] == 0 and checkpoint["mdp_ci"] == [0, 0]
         assert checkpoint["prompts"]["all"]["ter"] == pytest.approx(100 * len(pooled) / audit["identities"])
     assert any(checkpoint["prompts"]["all"]["leaked"] for checkpoint in audit["checkpoints"])
 

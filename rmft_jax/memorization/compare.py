@@ -166,7 +166,7 @@ def _mdp_by_checkpoint(method: list[dict], baseline: list[dict]) -> np.ndarray:
 
 def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
     about = read_json(run / "run.json", "run description", "train the run again")
-    keys = ("step", "epoch", "perplexity", "perplexity_pii", "perplexity_other")
+    keys = ("step", "epoch", "perplexity", "perplexity_ci", "perplexity_pii", "perplexity_other")
     checkpoints = [
         {**{key: entry[key] for key in keys}, "mdp": float(value), "prompts": entry["prompts"]}
         for entry, value in zip(audit["checkpoints"], mdp, strict=True)

@@ -14,7 +14,13 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.generation.greedy import make_greedy_decoder
 from rmft_jax.memorization.prompts import Prompts, build_prompts
-from rmft_jax.memorization.rates import document_perplexities, extraction_rates, mean_delta_perplexity
+from rmft_jax.memorization.rates import (
+    document_perplexities,
+    extraction_rates,
+    mean_delta_perplexity,
+    percentile_interval,
+    resample,
+)
 from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.types import detect, keyed_hash
 from rmft_jax.progress import say, track
@@ -41,7 +47,7 @@ def audit(runs: list[Path], overrides: list[str] | None = None, *, reveal: bool 
     for run, config, evaluation in zip(runs, configs, evaluations, strict=True):
         prepared = load_prepared(config)
         attacked = _attack_run(run, config, prepared, evaluation, reveal)
-        _add_mdp(attacked, evaluation, baseline)
+        _add_perplexity_intervals(attacked, evaluation, baseline, config)
         result = {
             "schema": SCHEMA,
             "run": config.run_name,
@@ -177,12 +183,20 @@ def _summarise(step: int, evaluation: dict, leaks: dict, seen: np.ndarray, ident
     }
 
 
-def _add_mdp(attacked: dict, evaluation: dict, baseline: dict | None) -> None:
+def _add_perplexity_intervals(attacked: dict, evaluation: dict, baseline: dict | None, config: Config) -> None:
+    """Add perplexity_ci, mdp and mdp_ci (bootstrap over held-out documents; None without a baseline)."""
+    confidence = config.audit.confidence
     for index, entry in enumerate(attacked["checkpoints"]):
-        entry["mdp"] = None
+        ours = evaluation["checkpoints"][index]
+        nll, tokens = np.array(ours["document_nll"]), np.array(ours["document_tokens"])
+        weights = resample([len(tokens)], config.audit.bootstrap, config.seed)
+        entry["perplexity_ci"] = percentile_interval(np.exp(weights @ nll / (weights @ tokens)), confidence)
+        entry["mdp"] = entry["mdp_ci"] = None
         if baseline is not None and index < len(baseline["checkpoints"]):
-            ours, theirs = evaluation["checkpoints"][index], baseline["checkpoints"][index]
-            entry["mdp"] = mean_delta_perplexity(*paired_perplexities(ours, theirs))
+            pair = paired_perplexities(ours, baseline["checkpoints"][index])
+            entry["mdp"] = mean_delta_perplexity(*pair)
+            draws = resample([len(pair[0])], config.audit.bootstrap, config.seed) @ (pair[0] - pair[1]) / len(pair[0])
+            entry["mdp_ci"] = percentile_interval(draws, confidence)
 
 
 def paired_perplexities(method: dict, baseline: dict) -> tuple[np.ndarray, np.ndarray]:
