@@ -104,7 +104,7 @@ class TrainingConfig:
 
     batch_size: int = 16
     sequence_length: int = 128
-    epochs: float = 12.0
+    epochs: float = 6.0
     steps: int = 0
     init_from: str = ""
     learning_rate: float = 2e-3
@@ -133,7 +133,7 @@ class CheckpointConfig:
     """count: evenly spaced checkpoints, all kept, for the audit. every_steps: further ones to resume from, of which
     the newest keep_last stay (0 = none)."""
 
-    count: int = 6
+    count: int = 4
     every_steps: int = 0
     keep_last: int = 2
 
@@ -146,10 +146,10 @@ class AuditConfig:
     (no web prompts).
     """
 
-    prompts: int = 256
+    prompts: int = 192
     sets: tuple[str, ...] = ("heldout", "web", "discoverable")
     prompt_tokens: int = 64
-    new_tokens: int = 64
+    new_tokens: int = 48
     batch_size: int = 256
     web_path: str = "synthetic"
     web_field: str = "text"

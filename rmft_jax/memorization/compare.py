@@ -150,11 +150,15 @@ def _cost(method: list[dict], baseline: list[dict], settings, seed: int) -> dict
 
 
 def _frontier(samples: _Samples, mdp: np.ndarray, tau: np.ndarray, confidence: float) -> dict:
+    """AURC with its interval, resampled over prompts; the resamples are scaled so that their median is the value itself,
+    because a resample holds fewer different prompts and so brings out fewer different addresses."""
     point, resampled = samples.rates("all")["ter"]
     curve = max_ter(point, mdp, tau)
+    value, draws = aurc(curve, tau), aurc(max_ter(resampled, mdp, tau), tau)
+    middle = np.median(draws)
     return {
-        "aurc": _number(aurc(curve, tau)),
-        "aurc_ci": percentile_interval(aurc(max_ter(resampled, mdp, tau), tau), confidence),
+        "aurc": _number(value),
+        "aurc_ci": percentile_interval(draws * value / middle if middle > 0 else draws, confidence),
         "maxter": {"tau": tau.tolist(), "maxter": [_number(value) for value in curve]},
     }
 
