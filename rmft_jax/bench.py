@@ -21,7 +21,7 @@ from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.step import compile_train_step, init_state
 
 
-def bench_masking(config: Config, *, runs: int = 40) -> dict:
+def bench_masking(config: Config, *, runs: int = 80) -> dict:
     """Time the train step with masking on the device against the same step without, in turn, on the same batches.
 
     Returns name, device, versions, unit, value and peer_value (medians, ms a step; the peer is the step without masking),

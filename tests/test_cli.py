@@ -59,7 +59,8 @@ def test_demo_writes_results_of_the_agreed_form(demo):
     for comparison in results["comparison"].values():
         assert all(key in comparison and f"{key}_ci" in comparison for key in keys)
     for comparison in results["comparison"].values():
-        assert comparison["aurc_ci"][0] <= comparison["aurc"] + 1e-9 and comparison["aurc"] <= comparison["aurc_ci"][1] + 1e-9
+        low, high = comparison["aurc_ci"]
+        assert low - 1e-9 <= comparison["aurc"] <= high + 1e-9
     assert results["comparison"]["rmft"]["mdp"] == results["runs"]["rmft"]["checkpoints"][-1]["mdp"]
     assert [c["mdp"] for c in results["runs"]["baseline"]["checkpoints"]] == [0, 0, 0]
     last = {name: run["checkpoints"][-1] for name, run in results["runs"].items()}
