@@ -15,6 +15,7 @@ from rmft_jax.memorization.rates import (
     aurc,
     bootstrap_counts,
     max_ter,
+    mdp_interval,
     mean_delta_perplexity,
     percentile_interval,
     reduction_pct,
@@ -140,12 +141,11 @@ def _cost(method: list[dict], baseline: list[dict], settings, seed: int) -> dict
     gap = (np.array(ours["document_nll"]) - np.array(theirs["document_nll"]))[some]
     weights = resample([len(tokens)], settings.bootstrap, seed)  # int [R, D]
     increases = 100 * np.expm1(weights @ gap / (weights @ tokens))
-    mdps = weights @ (perplexities[0] - perplexities[1]) / len(tokens)
     return {
         "perplexity_increase_pct": 100 * (ours["perplexity"] / theirs["perplexity"] - 1),
         "perplexity_increase_pct_ci": percentile_interval(increases, settings.confidence),
         "mdp": mean_delta_perplexity(*perplexities),
-        "mdp_ci": percentile_interval(mdps, settings.confidence),
+        "mdp_ci": mdp_interval(*perplexities, count=settings.bootstrap, seed=seed, confidence=settings.confidence),
     }
 
 

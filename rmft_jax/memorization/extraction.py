@@ -17,6 +17,7 @@ from rmft_jax.memorization.prompts import Prompts, build_prompts
 from rmft_jax.memorization.rates import (
     document_perplexities,
     extraction_rates,
+    mdp_interval,
     mean_delta_perplexity,
     percentile_interval,
     resample,
@@ -195,8 +196,7 @@ def _add_perplexity_intervals(attacked: dict, evaluation: dict, baseline: dict |
         if baseline is not None and index < len(baseline["checkpoints"]):
             pair = paired_perplexities(ours, baseline["checkpoints"][index])
             entry["mdp"] = mean_delta_perplexity(*pair)
-            draws = resample([len(pair[0])], config.audit.bootstrap, config.seed) @ (pair[0] - pair[1]) / len(pair[0])
-            entry["mdp_ci"] = percentile_interval(draws, confidence)
+            entry["mdp_ci"] = mdp_interval(*pair, count=config.audit.bootstrap, seed=config.seed, confidence=confidence)
 
 
 def paired_perplexities(method: dict, baseline: dict) -> tuple[np.ndarray, np.ndarray]:

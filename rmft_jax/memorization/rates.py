@@ -55,6 +55,12 @@ def mean_delta_perplexity(method: np.ndarray, baseline: np.ndarray) -> float:
     return float(np.mean(np.asarray(method) - np.asarray(baseline)))
 
 
+def mdp_interval(method: np.ndarray, baseline: np.ndarray, *, count: int, seed: int, confidence: float) -> list | None:
+    """Return the bootstrap interval of MDP over `count` resamples of the test documents. Both float64 [D]."""
+    gap = np.asarray(method) - np.asarray(baseline)
+    return percentile_interval(resample([len(gap)], count, seed) @ gap / len(gap), confidence)
+
+
 def max_ter(ter: np.ndarray, mdp: np.ndarray, tau: np.ndarray) -> np.ndarray:
     """Return MaxTER(tau) = max{TER_c : MDP_c <= tau}, NaN where no checkpoint qualifies.
 
