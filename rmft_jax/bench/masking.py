@@ -1,4 +1,4 @@
-"""`rmft bench`: paired measurements on the current device, one JSON object each."""
+"""`rmft bench masking`: what masking on the device adds to a train step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import rmft_jax
+from rmft_jax.bench import environment
 from rmft_jax.config import Config
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import load_prepared, prepare
@@ -23,7 +23,7 @@ from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.step import compile_train_step, init_state, masking_key
 
 
-def bench_masking(config: Config, *, runs: int = 100) -> dict:
+def run(config: Config, peer: str = "", *, runs: int = 100) -> dict:
     """Time the train step with masking on the device against the step without, given the same tokens masked beforehand.
 
     Both train on the same tokens, so that the difference is what masking itself costs, not what other text costs.
@@ -62,8 +62,7 @@ def bench_masking(config: Config, *, runs: int = 100) -> dict:
     overhead = [100 * (with_masking / without - 1) for with_masking, without in pairs]
     return {
         "name": "masking",
-        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}",
-        "versions": {"rmft_jax": rmft_jax.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        **environment("numpy"),
         "unit": "ms/step",
         "shape": {
             "batch_size": config.training.batch_size,
@@ -105,11 +104,3 @@ def _stepper(config: Config, prepared, mesh, bank, held: dict) -> Callable:
         return 1000 * (time.perf_counter() - begin)
 
     return timed
-
-
-BENCHES = {"masking": bench_masking}
-
-
-def run_bench(name: str, config: Config) -> dict:
-    """Run one benchmark by name."""
-    return BENCHES[name](config)
