@@ -55,17 +55,40 @@ class PiiConfig:
 
 
 @dataclass(frozen=True)
-class MaskingConfig:
-    """Randomized masking inside the train step.
+class MaskingRuleConfig:
+    """How the spans of a PII type are masked (`kernels.masking` says what each means).
 
-    policy: none | keep_first (replace every occurrence of a PII value but its first in the corpus; RMFT).
+    policy: none | all | keep_first (RMFT) | keep_random (another occurrence stays each epoch) | bernoulli (replaced with
+    probability `p`) | cap (at most `k` true showings of a value over the whole training).
+    anchor: what stays of a replaced value. random (one component, RMFT) | none | shared (components that at least
+    `shared_by` different values of the corpus have, the rarest one never).
+    replacement: surrogate | placeholder. fresh: other surrogates each epoch; false = the same for the whole training.
+    """
+
+    policy: str = "keep_first"
+    p: float = 0.5
+    k: int = 1
+    anchor: str = "random"
+    shared_by: int = 10
+    replacement: str = "surrogate"
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class MaskingConfig(MaskingRuleConfig):
+    """Randomized masking inside the train step: a rule for all PII types, and other ones for single types.
+
+    types: for a PII type, what differs from the rule above, such as {phone: {policy: all}}.
+    scope: what gets a surrogate of its own. occurrence (RMFT) | document (one value, one surrogate within a document) |
+    corpus (everywhere).
     margin: tokens of each sequence left free when blocks are cut, so that longer surrogates push no text out.
     surrogates: rows of the surrogate bank for each kind of component.
     """
 
-    policy: str = "keep_first"
+    scope: str = "occurrence"
     margin: int = 8
     surrogates: int = 4096
+    types: dict[str, MaskingRuleConfig] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,7 +232,7 @@ _CHOICES = {
     "source.format": ("synthetic", "jsonl", "text"),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
-    "masking.policy": ("none", "keep_first"),
+    "masking.scope": ("occurrence", "document", "corpus"),
     "dedup.policy": ("none", "near", "near_exact"),
     "training.schedule": ("linear", "cosine"),
     "training.dtype": ("float32", "bfloat16"),
@@ -253,6 +276,12 @@ _RANGES = {  # inclusive
     "audit.confidence": (0.5, 0.9999),
     "audit.bootstrap": (10, 1_000_000),
 }
+_RULE_CHOICES = {
+    "policy": ("none", "all", "keep_first", "keep_random", "bernoulli", "cap"),
+    "anchor": ("random", "none", "shared"),
+    "replacement": ("surrogate", "placeholder"),
+}
+_RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
 _MEMBERS = {"pii.types": ("email",), "audit.sets": ("heldout", "web", "discoverable")}
 
 
@@ -262,10 +291,11 @@ def _rules(config: Config) -> typing.Iterator[str]:
     def value(key: str) -> typing.Any:
         part: typing.Any = config
         for name in key.split("."):
-            part = getattr(part, name)
+            part = part[name] if isinstance(part, dict) else getattr(part, name)
         return part
 
-    for key, allowed in _CHOICES.items():
+    rules = ["masking", *(f"masking.types.{name}" for name in config.masking.types)]
+    for key, allowed in (_CHOICES | {f"{r}.{k}": v for r in rules for k, v in _RULE_CHOICES.items()}).items():
         if value(key) not in allowed:
             yield f"{key} is {value(key)!r}: choose one of {', '.join(allowed)}{_nearest(str(value(key)), allowed)}"
     for key, allowed in _MEMBERS.items():
@@ -274,7 +304,7 @@ def _rules(config: Config) -> typing.Iterator[str]:
                 yield f"{key} has {item!r}: choose among {', '.join(allowed)}{_nearest(item, allowed)}"
         if not value(key):
             yield f"{key} is empty: name at least one of {', '.join(allowed)}"
-    for key, (low, high) in _RANGES.items():
+    for key, (low, high) in (_RANGES | {f"{r}.{k}": v for r in rules for k, v in _RULE_RANGES.items()}).items():
         number = value(key)
         if not (low <= number and (high is None or number <= high)):  # also catches NaN
             yield f"{key} is {number}: set it to {low} or more{'' if high is None else f', at most {high}'}"
@@ -383,9 +413,22 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
             raise UserError(f"unknown key {prefix}{key} in {where}{_nearest(str(key), types, prefix)}")
         if dataclasses.is_dataclass(types[key]):
             values[key] = _build(types[key], value, f"{prefix}{key}.", where)
+        elif typing.get_origin(types[key]) is dict:
+            values[key] = _build_rules(typing.get_args(types[key])[1], value, tree, f"{prefix}{key}.", where)
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)
+
+
+def _build_rules(cls: type, rules: typing.Any, general: dict, prefix: str, where: str) -> dict:
+    """Build a dataclass for each name in `rules`; fields that one leaves out are those of the section around them."""
+    if not isinstance(rules, dict):
+        raise UserError(f"{prefix.rstrip('.')} in {where} is {rules!r}: it is a section, give it keys")
+    inherited = {key: value for key, value in general.items() if key in typing.get_type_hints(cls)}
+    return {
+        str(name): _build(cls, inherited | own if isinstance(own, dict) else own, f"{prefix}{name}.", where)
+        for name, own in rules.items()
+    }
 
 
 def _nearest(name: str, known: typing.Iterable[str], prefix: str = "") -> str:

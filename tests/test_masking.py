@@ -12,6 +12,7 @@ from rmft_jax.data.tokenizer import BOS, EOS
 from rmft_jax.kernels import (
     PII,
     SURROGATE,
+    Rule,
     SurrogateBank,
     TaggedBatch,
     draw_surrogates,
@@ -22,8 +23,8 @@ from rmft_jax.kernels import (
 )
 from rmft_jax.pii.reference import mask_text
 from rmft_jax.pii.types import detect
+from rmft_jax.training.masking import masking_key
 from rmft_jax.training.mesh import batch_sharding, make_mesh
-from rmft_jax.training.step import masking_key
 
 KEY = masking_key(7)
 
@@ -34,9 +35,9 @@ def corpus(prepared):
     return texts, *tagged(texts, prepared.tokenizer)
 
 
-def mask(rows, bank, *, length, policy="keep_first", key=KEY):
-    function = jax.jit(mask_batch, static_argnames=("policy", "length"))
-    return jax.tree.map(np.asarray, function(as_batch(rows), bank, key, policy=policy, length=length))
+def mask(rows, bank, *, length, policy="keep_first", key=KEY, **rule):
+    function = jax.jit(mask_batch, static_argnames=("rules", "length"))
+    return jax.tree.map(np.asarray, function(as_batch(rows), bank, key, rules=Rule(policy, **rule), length=length))
 
 
 def with_epoch(row, epoch):
@@ -121,8 +122,8 @@ def test_masked_tokens_do_not_depend_on_devices_or_batch_split(prepared, corpus,
     alone = [mask([row], prepared.bank, length=49) for row in rows]
     mesh = make_mesh(type("M", (), {"replica": -1, "fsdp": 1, "tensor": 1}), jax.devices()[:devices])
     batch = jax.device_put(as_batch(rows), batch_sharding(mesh))
-    function = jax.jit(mask_batch, static_argnames=("policy", "length"))
-    together = function(batch, prepared.bank, KEY, policy="keep_first", length=49)
+    function = jax.jit(mask_batch, static_argnames=("rules", "length"))
+    together = function(batch, prepared.bank, KEY, rules=Rule("keep_first"), length=49)
     assert len(together.tokens.sharding.device_set) == devices
     for name in together._fields:
         expected = np.concatenate([getattr(one, name) for one in alone])

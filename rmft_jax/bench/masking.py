@@ -15,12 +15,13 @@ from rmft_jax.bench import environment
 from rmft_jax.config import Config
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import load_prepared, prepare
-from rmft_jax.kernels import TaggedBatch, mask_batch
+from rmft_jax.kernels import Rule, TaggedBatch, mask_batch
 from rmft_jax.progress import track
 from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.masking import masking_key
 from rmft_jax.training.mesh import batch_sharding, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
-from rmft_jax.training.step import compile_train_step, init_state, masking_key
+from rmft_jax.training.step import compile_train_step, init_state
 
 
 def run(config: Config, peer: str = "", *, runs: int = 100) -> dict:
@@ -85,7 +86,7 @@ def run(config: Config, peer: str = "", *, runs: int = 100) -> dict:
 def _masked_beforehand(config: Config, batch: TaggedBatch, bank) -> TaggedBatch:
     """Return the batch as a corpus that was masked in advance would hold it."""
     length = config.training.sequence_length + 1
-    masked = mask_batch(batch, bank, masking_key(config.seed), policy="keep_first", length=length)
+    masked = mask_batch(batch, bank, masking_key(config.seed), length=length, rules=Rule())
     return batch._replace(tokens=masked.tokens, segment_ids=masked.segment_ids, component=jnp.zeros_like(masked.tokens))
 
 

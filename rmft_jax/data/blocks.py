@@ -17,12 +17,24 @@ from rmft_jax.kernels import TaggedBatch
 class Corpus:
     """All documents of a split as flat arrays. Component and span numbers count from 1 over the corpus; 0 = none."""
 
-    def __init__(self, records: Iterable[dict[str, np.ndarray]], *, drop_near: bool = False, drop_exact: bool = False):
-        """drop_near, drop_exact: leave out tokens flagged as near-duplicate documents or repeated substrings."""
+    def __init__(
+        self,
+        records: Iterable[dict[str, np.ndarray]],
+        *,
+        drop_near: bool = False,
+        drop_exact: bool = False,
+        scope: str = "occurrence",
+    ):
+        """drop_near, drop_exact: leave out tokens flagged as near-duplicate documents or repeated substrings.
+
+        scope: occurrence | document | corpus, where spans of one identity share an id, and so a surrogate.
+        """
         names = ("tokens", "document", "component", "component_kind", "component_span", "component_index")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         spans: dict[str, list[np.ndarray]] = {name: [] for name in ("type", "identity", "rank", "id")}
         lost: list[np.ndarray] = []
+        values_of: list[np.ndarray] = []
+        span_documents: list[np.ndarray] = []
         component_count = span_count = 0
         for record in records:
             flags = record["duplicate"]
@@ -38,6 +50,8 @@ class Corpus:
             parts["component_index"].append(record["component_index"])
             for name, values in spans.items():
                 values.append(record[f"span_{name}"])
+            values_of.append(_component_values(record))
+            span_documents.append(np.full(len(record["span_rank"]), record["document"], np.int64))
             broken = np.zeros(len(record["span_rank"]), bool)
             if not keep.all():
                 gone = component[~keep]
@@ -56,6 +70,12 @@ class Corpus:
         self.component_span = np.concatenate([slot0, flat["component_span"]])
         self.component_index = np.concatenate([slot0, flat["component_index"]])
         self.span = {name: np.concatenate([slot0, *values]) for name, values in spans.items()}
+        span_document = np.concatenate([slot0 - 1, *span_documents])
+        self.span["count"] = _counts(self.span)
+        self.span["id"] = _shared_ids(self.span, span_document, scope)
+        self.component_sharers = _sharers(
+            np.concatenate([slot0.astype(np.uint64), *values_of]), self.component_kind, self.component_span, self.span
+        )
         self.span_broken = np.concatenate([np.ones(1, bool), *lost])
         self.component_first, self.component_last = _extent(self.component, component_count + 1)
         self.token_span = self.component_span[self.component]
@@ -108,7 +128,9 @@ class Blocks:
             "component_kind": fill(corpus.component_kind[c0:c1], self.max_components),
             "component_span": fill(component_span - s0 + 1, self.max_components),
             "component_index": fill(corpus.component_index[c0:c1], self.max_components),
+            "component_sharers": fill(corpus.component_sharers[c0:c1], self.max_components),
             "span_rank": span["rank"],
+            "span_count": span["count"],
             "span_type": span["type"],
             "span_identity": span["identity"],
             "span_id": span["id"],
@@ -133,6 +155,51 @@ class Blocks:
 def as_batch(rows: list[dict[str, np.ndarray]]) -> TaggedBatch:
     """Stack rows into a TaggedBatch of numpy arrays."""
     return TaggedBatch(**{name: np.stack([row[name] for row in rows]) for name in TaggedBatch._fields})
+
+
+def _counts(span: dict[str, np.ndarray]) -> np.ndarray:
+    """Return int64 [spans]: how many occurrences the identity of each span has in the corpus."""
+    place = span["identity"] + 1  # a value that the corpus does not have is -1
+    most = np.zeros(place.max() + 1, np.int64)
+    np.maximum.at(most, place[1:], span["rank"][1:] + 1)
+    return most[place]
+
+
+def _component_values(record: dict[str, np.ndarray]) -> np.ndarray:
+    """Return uint64 [components]: a hash of each component's tokens and their order."""
+    inside = np.flatnonzero(record["component"])
+    number = record["component"][inside].astype(np.int64) - 1
+    first = np.full(len(record["component_kind"]), len(record["component"]), np.int64)
+    np.minimum.at(first, number, inside)
+    # an odd multiplier for each place, then the finalizer of splitmix64, so that sums of tokens do not collide
+    multiplier = 2 * (inside - first[number]).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    mixed = (record["tokens"][inside].astype(np.uint64) + 1) * multiplier
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    out = np.zeros(len(first), np.uint64)
+    np.add.at(out, number, mixed ^ (mixed >> np.uint64(31)))
+    return out
+
+
+def _sharers(value: np.ndarray, kind: np.ndarray, span_of: np.ndarray, span: dict[str, np.ndarray]) -> np.ndarray:
+    """Return int64 [components]: how many identities have a component of this kind and value; 0 for that component of each
+    span which the fewest have (the first of several), and for literal text."""
+    group = np.unique(np.stack([kind.astype(np.uint64), value]), axis=1, return_inverse=True)[1].reshape(-1)
+    pairs = np.unique(np.stack([group, span["identity"][span_of]]), axis=1)
+    count = np.where(kind > 0, np.bincount(pairs[0], minlength=group.max() + 1)[group], np.iinfo(np.int64).max)
+    order = np.lexsort((np.arange(len(count)), count, span_of))
+    rarest = order[np.unique(span_of[order], return_index=True)[1]]
+    count[rarest] = 0
+    return np.where(kind > 0, count, 0)
+
+
+def _shared_ids(span: dict[str, np.ndarray], document: np.ndarray, scope: str) -> np.ndarray:
+    """Return int64 [spans]: the id that draws depend on, that of the first span which must get the same surrogate."""
+    if scope == "occurrence":
+        return span["id"]
+    owner = np.stack([document if scope == "document" else np.zeros_like(document), span["identity"]])
+    _, first, group = np.unique(owner, axis=1, return_index=True, return_inverse=True)
+    return span["id"][first[group.reshape(-1)]]
 
 
 def _extent(owner: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

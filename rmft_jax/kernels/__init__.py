@@ -8,16 +8,19 @@ from rmft_jax.kernels.masking import (
     SURROGATE,
     TEXT,
     MaskedBatch,
+    Rule,
+    Spans,
     TaggedBatch,
     draw_surrogates,
     mask_batch,
     replaced_components,
+    replaced_spans,
     uniform_below,
 )
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "PII", "POLICIES", "SURROGATE", "TEXT", "MaskedBatch", "Spliced", "SurrogateBank", "TaggedBatch", "attention",
-    "causal_mask", "draw_surrogates", "mask_batch", "replaced_components", "rotary", "splice", "splice_reference",
-    "target_mask", "token_nll", "uniform_below",
+    "PII", "POLICIES", "SURROGATE", "TEXT", "MaskedBatch", "Rule", "Spans", "Spliced", "SurrogateBank", "TaggedBatch",
+    "attention", "causal_mask", "draw_surrogates", "mask_batch", "replaced_components", "replaced_spans", "rotary",
+    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below",
 ]  # fmt: skip

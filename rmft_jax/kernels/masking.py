@@ -2,6 +2,9 @@
 
 Source: randomized masked fine-tuning (RMFT), Joshi & Smith, arXiv 2512.03310. There the corpus is rewritten once, before
 training; here surrogates are drawn in the compiled step, afresh for each epoch, and the corpus stays as it is.
+
+The order of things in `mask_batch`: a policy says which spans are replaced, an anchor rule which of their components stay
+all the same, a draw what comes instead of the others, and `splice` puts it there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 from rmft_jax.kernels.splice import SurrogateBank, splice
 
 TEXT, PII, SURROGATE = 0, 1, 2
+_OCCURRENCES, _IDENTITIES = 0x6F63, 0x6964  # streams of random bits for policies
 
 
 class TaggedBatch(NamedTuple):
@@ -26,8 +30,11 @@ class TaggedBatch(NamedTuple):
     tokens, segment_ids, component: [B, W]; segment 0 = padding, documents count from 1 in each row.
     component_begin: [B, C], the row position of a component's first token; -1 = before this row.
     component_kind, component_span, component_index: [B, C]; the index counts within the span.
-    span_rank: [B, S], 0 = the first occurrence of this value in the corpus.
-    span_type, span_identity, span_id: [B, S]; equal values share an identity, each occurrence has an id of its own.
+    component_sharers: [B, C], how many identities of the corpus have this component (same kind, same value); 0 for that
+        component of each span which the fewest share.
+    span_rank: [B, S], 0 = the first occurrence of this value in the corpus. span_count: [B, S], all its occurrences.
+    span_type, span_identity: [B, S]; equal values share an identity.
+    span_id: [B, S], what draws depend on: spans of one id get one surrogate. Usually every occurrence has its own.
     span_end: [B, S], the row position of the last token; -1 when the span does not lie in this row as a whole.
     epoch: [B], how often the row has been visited before.
     """
@@ -39,7 +46,9 @@ class TaggedBatch(NamedTuple):
     component_kind: jax.Array
     component_span: jax.Array
     component_index: jax.Array
+    component_sharers: jax.Array
     span_rank: jax.Array
+    span_count: jax.Array
     span_type: jax.Array
     span_identity: jax.Array
     span_id: jax.Array
@@ -64,11 +73,52 @@ class MaskedBatch(NamedTuple):
     cut: jax.Array
 
 
-# A policy says which spans are replaced, from their rank. It is one line over the same splice.
-POLICIES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "none": lambda rank: jnp.zeros_like(rank, bool),
-    "keep_first": lambda rank: rank > 0,
+class Rule(NamedTuple):
+    """How the spans of one PII type are treated; static under `jit`.
+
+    policy: a name in POLICIES. p: bernoulli's probability of replacement. k: cap's number of true showings.
+    anchor: what stays of a replaced span. random: one component class, drawn uniformly (RMFT). none: nothing.
+        shared: every component that at least `shared_by` identities have, but never the one that the fewest have.
+    replacement: surrogate | placeholder (such as [EMAIL] for the whole span).
+    fresh: draw other surrogates each epoch; False = the same ones for the whole training.
+    """
+
+    policy: str = "keep_first"
+    p: float = 0.5
+    k: int = 1
+    anchor: str = "random"
+    shared_by: int = 10
+    replacement: str = "surrogate"
+    fresh: bool = True
+
+
+class Spans(NamedTuple):
+    """What a policy may look at: int32 [S] each but for epoch, int32 [], and the uniform bits, uint32 [S].
+
+    occurrence_bits: one draw for each epoch and span id. identity_bits: one for each epoch and identity.
+    """
+
+    rank: jax.Array
+    count: jax.Array
+    epoch: jax.Array
+    occurrence_bits: jax.Array
+    identity_bits: jax.Array
+
+
+# A policy says which spans are replaced: bool [S] from Spans and a Rule. Each is a line or two over the same splice.
+POLICIES: dict[str, Callable[[Spans, Rule], jax.Array]] = {
+    "none": lambda spans, rule: jnp.zeros_like(spans.rank, bool),
+    "all": lambda spans, rule: jnp.ones_like(spans.rank, bool),
+    # RMFT: the first occurrence in the corpus stays, in every epoch
+    "keep_first": lambda spans, rule: spans.rank > 0,
+    # one occurrence stays, another one each epoch
+    "keep_random": lambda spans, rule: spans.rank != uniform_below(spans.identity_bits, jnp.minimum(spans.count, 65535)),
+    "bernoulli": lambda spans, rule: spans.occurrence_bits < jnp.uint32(min(rule.p * 2**32, 2**32 - 1)),
+    # at most k true showings of an identity over the whole training
+    "cap": lambda spans, rule: spans.epoch * spans.count + spans.rank >= rule.k,
 }
+ANCHORS = ("random", "none", "shared")
+REPLACEMENTS = ("surrogate", "placeholder")
 
 
 def uniform_below(bits: jax.Array, n: jax.Array) -> jax.Array:
@@ -78,16 +128,29 @@ def uniform_below(bits: jax.Array, n: jax.Array) -> jax.Array:
     return ((high * n + ((low * n) >> 16)) >> 16).astype(jnp.int32)
 
 
-def draw_surrogates(key, row, bank: SurrogateBank) -> tuple[jax.Array, jax.Array]:
+def replaced_spans(key, row, rules: tuple[Rule, ...]) -> jax.Array:
+    """Return bool [S]: which spans of one row of a TaggedBatch are replaced. rules: one for each PII type."""
+
+    def bits(stream: int, ids):
+        stream_key = jax.random.fold_in(jax.random.fold_in(key, row.epoch), stream)
+        return jax.vmap(lambda id: jax.random.bits(jax.random.fold_in(stream_key, id), dtype=jnp.uint32))(ids)
+
+    spans = Spans(
+        row.span_rank, row.span_count, row.epoch, bits(_OCCURRENCES, row.span_id), bits(_IDENTITIES, row.span_identity)
+    )
+    return _by_type(row.span_type, rules, lambda rule: POLICIES[rule.policy](spans, rule))
+
+
+def draw_surrogates(key, row, bank: SurrogateBank, *, fresh: bool = True) -> tuple[jax.Array, jax.Array]:
     """Draw the anchor of each span and the bank row of each component in one row of a TaggedBatch.
 
-    A draw depends on the key, the epoch and the span's id alone, so neither the mesh, nor the hosts, nor the batch, nor
-    the place where a block was cut changes it: both halves of a span cut by a border get the same surrogate.
+    A draw depends on the key, the epoch (if `fresh`) and the span's id alone, so neither the mesh, nor the hosts, nor the
+    batch, nor the place where a block was cut changes it: both halves of a span cut by a border get the same surrogate.
 
     Returns: anchor int32 [S], uniform over the anchor classes of the span's type; row int32 [C], uniform over the bank.
     """
     bank = SurrogateBank(*map(jnp.asarray, bank))
-    key = jax.random.fold_in(key, row.epoch)
+    key = jax.random.fold_in(key, row.epoch if fresh else 0)
     span_keys = jax.vmap(lambda id: jax.random.fold_in(key, id))(row.span_id)
     anchor_bits = jax.vmap(lambda k: jax.random.bits(k, dtype=jnp.uint32))(span_keys)
     anchor = uniform_below(anchor_bits, bank.anchors[row.span_type])
@@ -97,44 +160,67 @@ def draw_surrogates(key, row, bank: SurrogateBank) -> tuple[jax.Array, jax.Array
     return anchor, uniform_below(entry_bits, bank.counts[row.component_kind])
 
 
-def replaced_components(row, replaced_spans, anchor, bank: SurrogateBank) -> jax.Array:
-    """Return bool [C]: components of replaced spans, but for literal text and the anchor."""
+def replaced_components(row, replaced, anchor, bank: SurrogateBank, rules: tuple[Rule, ...]) -> jax.Array:
+    """Return bool [C]: components of replaced spans (bool [S]), but for literal text and what the anchor rule keeps.
+
+    A placeholder takes the whole span, literal text and all.
+    """
     kind, span = row.component_kind, row.component_span
-    is_anchor = (bank.anchors[row.span_type[span]] > 0) & (bank.anchor_class[kind] == anchor[span])
-    return replaced_spans[span] & (kind > 0) & ~is_anchor & (span > 0)
+    type = row.span_type[span]
+
+    def stays(rule: Rule):
+        if rule.replacement == "placeholder":
+            return jnp.zeros_like(kind, bool)
+        anchored = {
+            "random": (bank.anchors[type] > 0) & (bank.anchor_class[kind] == anchor[span]),
+            "none": jnp.zeros_like(kind, bool),
+            "shared": row.component_sharers >= rule.shared_by,
+        }
+        return (kind == 0) | anchored[rule.anchor]
+
+    return replaced[span] & (span > 0) & ~_by_type(type, rules, stays)
 
 
-def mask_batch(batch: TaggedBatch, bank: SurrogateBank, key, *, policy: str, length: int) -> MaskedBatch:
+def mask_batch(
+    batch: TaggedBatch, bank: SurrogateBank, key, *, length: int, rules: Rule | tuple[Rule, ...]
+) -> MaskedBatch:
     """Replace PII in a batch of tagged rows; runs under `jit`, on any sharding of the batch.
 
     Args:
       batch: the rows as tagged, W tokens wide.
       bank: the surrogates.
       key: a `jax.random.key`, the same for the whole run.
-      policy: a name in POLICIES.
       length: N, the width of the result.
+      rules: one Rule for all PII types, or one for each.
 
-    Raises: KeyError for an unknown policy.
+    Raises: KeyError for an unknown policy or anchor.
     """
-    replaces = POLICIES[policy]
+    rules = (rules,) if isinstance(rules, Rule) else tuple(rules)
     bank = SurrogateBank(*map(jnp.asarray, bank))
-    if policy == "none":
+    if all(rule.policy == "none" for rule in rules):
         return _unmasked(batch, length)
 
     def one(row: TaggedBatch) -> MaskedBatch:
         valid = row.segment_ids > 0
-        anchor, entry = draw_surrogates(key, row, bank)
-        replaced_spans = replaces(row.span_rank)
-        replaced = replaced_components(row, replaced_spans, anchor, bank)
+        type = row.span_type[row.component_span]
+        is_replaced_span = replaced_spans(key, row, rules)
+        anchor, entry = _by_type(
+            (row.span_type, type), [rule.fresh for rule in rules], lambda fresh: draw_surrogates(key, row, bank, fresh=fresh)
+        )
+        replaced = replaced_components(row, is_replaced_span, anchor, bank, rules)
+        kind = row.component_kind
+        if any(rule.replacement == "placeholder" for rule in rules):
+            whole = _by_type(type, rules, lambda rule: jnp.full_like(kind, rule.replacement == "placeholder", bool))
+            kind = jnp.where(whole, jnp.where(row.component_index == 0, bank.placeholder[type], bank.empty), kind)
+            entry = jnp.where(whole, 0, entry)
         spliced = splice(
-            row.tokens, valid, row.component, row.component_begin, row.component_kind, replaced, entry, bank,
-            length=length,
-        )  # fmt: skip
+            row.tokens, valid, row.component, row.component_begin, kind, replaced, entry, bank, length=length
+        )
         at = jnp.minimum(spliced.source, row.tokens.shape[0] - 1)
         inside = spliced.source < row.tokens.shape[0]
         component = row.component[at]
         origin = jnp.where(replaced[component], SURROGATE, jnp.where(component > 0, PII, TEXT))
-        shown = ~replaced_spans & (row.span_end >= 0) & (spliced.ends[row.span_end] <= length)
+        shown = ~is_replaced_span & (row.span_end >= 0) & (spliced.ends[row.span_end] <= length)
         return MaskedBatch(
             tokens=spliced.tokens,
             segment_ids=jnp.where(inside, row.segment_ids[at], 0),
@@ -145,6 +231,22 @@ def mask_batch(batch: TaggedBatch, bank: SurrogateBank, key, *, policy: str, len
         )
 
     return jax.vmap(one)(batch)
+
+
+def _by_type(type, settings, value: Callable):
+    """Return value(setting) for the setting of each type, computed once for each different setting.
+
+    type: int32 [n], or a tuple of such where `value` returns a tuple. settings: one for all types, or one for each.
+    """
+    groups: dict = {}
+    for number, setting in enumerate(settings):
+        groups.setdefault(setting, []).append(number)
+    (first, _), *others = groups.items()
+    out = value(first)
+    for setting, numbers in others:
+        is_one = jax.tree.map(lambda t, numbers=numbers: jnp.isin(t, jnp.array(numbers)), type)
+        out = jax.tree.map(jnp.where, is_one, value(setting), out)
+    return out
 
 
 def _unmasked(batch: TaggedBatch, length: int) -> MaskedBatch:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 import yaml
 
 from rmft_jax.config import Config, to_dict, to_yaml
@@ -23,6 +22,7 @@ from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import evaluate
+from rmft_jax.training.masking import masked_share
 from rmft_jax.training.mesh import batch_sharding, check_batch, make_mesh, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
@@ -86,7 +86,8 @@ def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
     """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
     drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
     stride = config.training.sequence_length - config.masking.margin
-    blocks = Blocks(Corpus(read_corpus(prepared.directory, "train"), **drop), stride=stride)
+    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope)
+    blocks = Blocks(train, stride=stride)
     return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
 
 
@@ -244,6 +245,7 @@ def _say_plan(config: Config, prepared: Prepared, plan: Plan, mesh, state: dict,
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tokens = training.batch_size * training.sequence_length
     rank = prepared.manifest["train"]
+    replaced, occurrences = masked_share(config, blocks)
     say(
         f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
         f"{training.dtype}, attention xla\n"
@@ -251,14 +253,7 @@ def _say_plan(config: Config, prepared: Prepared, plan: Plan, mesh, state: dict,
         f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
         f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "
         f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
-        f"  masking {config.masking.policy}: {_masked_share(config, blocks)} of {len(blocks.corpus.span_first) - 1:,} "
+        f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
         + (f"\n  going on from step {done[-1]}" if done else "")
     )
-
-
-def _masked_share(config: Config, blocks: Blocks) -> str:
-    from rmft_jax.kernels import POLICIES
-
-    replaced = np.asarray(POLICIES[config.masking.policy](blocks.corpus.span["rank"][1:].astype(np.int32)))
-    return f"{int(replaced.sum()):,} ({100 * float(replaced.mean()) if replaced.size else 0:.1f}%)"

@@ -12,14 +12,10 @@ from jax.sharding import Mesh
 from rmft_jax.config import Config
 from rmft_jax.kernels import MaskedBatch, SurrogateBank, TaggedBatch, mask_batch, target_mask, token_nll
 from rmft_jax.models.gpt import forward, init_params
+from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, replicated, shardings_for
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def masking_key(seed: int) -> jax.Array:
-    """Return the key that surrogates are drawn from; its own stream, the same whatever else the run draws."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0x524D4654)
 
 
 def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
@@ -55,8 +51,8 @@ def train_step(
         batch,
         bank,
         masking_key(config.seed),
-        policy=config.masking.policy,
         length=config.training.sequence_length + 1,
+        rules=masking_rules(config),
     )
     (loss, targets), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], config, masked)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])

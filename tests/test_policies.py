@@ -1,0 +1,162 @@
+"""Policies, anchors, scopes and replacements: what each promises, read off the decoded text."""
+
+import collections
+
+import numpy as np
+import pytest
+from documents import blocks_of, random_texts, tagged
+from test_masking import mask
+
+from rmft_jax.config import load_config
+from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.errors import UserError
+from rmft_jax.kernels import SURROGATE, Rule
+from rmft_jax.training.masking import masking_rules
+
+
+@pytest.fixture(scope="module")
+def corpus(prepared):
+    texts = random_texts(200, seed=5)
+    spans, _, records = tagged(texts, prepared.tokenizer)
+    return texts, spans, records
+
+
+def shown(blocks, bank, epochs, **rule):
+    """Return how often each identity was shown in each epoch, int [epochs, identities]."""
+    identities = 1 + blocks.corpus.span["identity"].max()
+    out = np.zeros((epochs, identities), int)
+    for epoch in range(epochs):
+        rows = [blocks[i] | {"epoch": np.int32(epoch)} for i in range(len(blocks))]
+        masked = mask(rows, bank, length=blocks.width + 8, **rule)
+        identity = np.stack([row["span_identity"] for row in rows])
+        np.add.at(out[epoch], identity[masked.shown], 1)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(corpus):
+    """One document a block, so that no border cuts a span."""
+    _, _, records = corpus
+    return blocks_of(records, stride=sum(len(record["tokens"]) for record in records))
+
+
+def true_counts(whole):
+    span = whole.corpus.span
+    return np.bincount(span["identity"][1:])
+
+
+def test_keep_random_shows_each_identity_once_an_epoch_and_not_always_the_same_occurrence(prepared, whole):
+    assert (shown(whole, prepared.bank, 3, policy="keep_random") == 1).all()
+    origins = []
+    for epoch in range(8):
+        masked = mask([whole[0] | {"epoch": np.int32(epoch)}], prepared.bank, length=whole.width + 8, policy="keep_random")
+        rank, identity = whole[0]["span_rank"], whole[0]["span_identity"]
+        origins.append({int(i): int(r) for i, r, s in zip(identity, rank, masked.shown[0], strict=True) if s})
+    repeating = [i for i, count in enumerate(true_counts(whole)) if count >= 4]
+    assert repeating and all(len({origin[i] for origin in origins}) > 1 for i in repeating)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 40])
+def test_cap_shows_each_identity_at_most_k_times_over_all_epochs(prepared, whole, k):
+    total = shown(whole, prepared.bank, 4, policy="cap", k=k).sum(0)
+    np.testing.assert_array_equal(total, np.minimum(k, 4 * true_counts(whole)))
+
+
+def test_all_shows_nothing_and_bernoulli_its_share(prepared, whole):
+    assert shown(whole, prepared.bank, 1, policy="all").sum() == 0
+    many = shown(whole, prepared.bank, 20, policy="bernoulli", p=0.3).sum()
+    total = 20 * true_counts(whole).sum()
+    assert abs(many - 0.7 * total) < 4 * np.sqrt(0.21 * total)
+    assert shown(whole, prepared.bank, 1, policy="bernoulli", p=1.0).sum() == 0
+    assert (shown(whole, prepared.bank, 1, policy="bernoulli", p=0.0)[0] == true_counts(whole)).all()
+
+
+def replacements(corpus, prepared, scope, epoch, **rule):
+    """Return, for each (document, identity), the surrogate texts of its occurrences in the epoch."""
+    _, spans, records = corpus
+    blocks = Blocks(Corpus(records, scope=scope), stride=sum(len(r["tokens"]) for r in records))
+    row = blocks[0] | {"epoch": np.int32(epoch)}
+    masked = mask([row], prepared.bank, length=4 * blocks.width, policy="all", **rule)
+    token_span = row["component_span"][row["component"]]
+    inside = masked.source[0] < blocks.width
+    owner = np.where(inside, token_span[np.minimum(masked.source[0], blocks.width - 1)], 0)
+    document = np.repeat(np.arange(len(spans)), [len(found) for found in spans])
+    out = collections.defaultdict(list)
+    for number in range(1, 1 + len(document)):
+        text = prepared.tokenizer.decode(masked.tokens[0][owner == number])
+        out[int(document[number - 1]), int(row["span_identity"][number])].append(text)
+    return out
+
+
+def test_scope_says_which_occurrences_share_a_surrogate(corpus, prepared):
+    found = {scope: replacements(corpus, prepared, scope, 0, anchor="none") for scope in ("occurrence", "document", "corpus")}
+    repeated = [key for key, texts in found["document"].items() if len(texts) > 1]
+    assert repeated
+    assert all(len(set(found["document"][key])) == 1 for key in repeated)
+    assert all(len(set(found["occurrence"][key])) == len(found["occurrence"][key]) for key in repeated)
+    for scope, apart in (("document", True), ("corpus", False)):
+        by_identity = collections.defaultdict(set)
+        for (_, identity), texts in found[scope].items():
+            by_identity[identity] |= set(texts)
+        assert (max(map(len, by_identity.values())) > 1) == apart
+
+
+def test_static_surrogates_stay_and_fresh_ones_change(corpus, prepared):
+    for fresh in (True, False):
+        first, second = (replacements(corpus, prepared, "occurrence", epoch, fresh=fresh, anchor="none") for epoch in (0, 1))
+        same = [first[key] == second[key] for key in first]
+        assert all(same) if not fresh else np.mean(same) < 0.01
+
+
+def test_anchor_none_keeps_nothing_and_shared_keeps_what_many_have_but_never_all(prepared):
+    texts = [f"mail ann.{name}@alder.example.com now" for name in ("oak", "elm", "ash", "fir")] + ["ann.oak@birch.example.com"]
+    spans, _, records = tagged(texts, prepared.tokenizer)
+    row = blocks_of(records, stride=sum(len(r["tokens"]) for r in records))[0]
+    masked = mask([row], prepared.bank, length=300, policy="all", anchor="shared", shared_by=4)
+    text = prepared.tokenizer.decode(masked.tokens[0])
+    assert text.count("ann.") == 5 and text.count("@alder.example.com") == 4  # 5 and 4 identities have them
+    assert not any(rare in text for rare in ("oak", "elm", "ash", "fir", "birch"))
+    # where all parts are shared, the rarest one goes all the same
+    masked = mask([row], prepared.bank, length=300, policy="all", anchor="shared", shared_by=1)
+    text = prepared.tokenizer.decode(masked.tokens[0])
+    assert not any(span.value in text for found in spans for span in found)
+    masked = mask([row], prepared.bank, length=300, policy="all", anchor="none")
+    text = prepared.tokenizer.decode(masked.tokens[0])
+    assert not any(part in text for part in ("ann", "alder", "example.com", "birch"))
+    assert (masked.origin == SURROGATE).sum() > 0
+
+
+def test_rules_differ_by_type(prepared, whole):
+    """Two types in one batch, each under its own rule, equal the batches that are under one rule throughout."""
+    row = whole[0]
+    second = (np.arange(len(row["span_type"])) % 2).astype(np.int32)
+    two_types = row | {"span_type": second}
+    bank = prepared.bank._replace(anchors=np.repeat(prepared.bank.anchors[:1], 2))
+    mixed = (Rule("all", anchor="none"), Rule("cap", k=2))
+    both = mask_rules([two_types], bank, mixed)
+    apart = [mask_rules([row], bank, (rule,)) for rule in mixed]
+    for type, one in enumerate(apart):
+        np.testing.assert_array_equal(both.shown[0][second == type], one.shown[0][second == type])
+
+
+def mask_rules(rows, bank, rules):
+    import jax
+    from test_masking import KEY
+
+    from rmft_jax.data.blocks import as_batch
+    from rmft_jax.kernels import mask_batch
+
+    function = jax.jit(mask_batch, static_argnames=("rules", "length"))
+    return jax.tree.map(np.asarray, function(as_batch(rows), bank, KEY, rules=rules, length=rows[0]["tokens"].size + 8))
+
+
+def test_config_builds_a_rule_for_each_type():
+    config = load_config(None, ["masking.policy=cap", "masking.k=3", "masking.types.email.anchor=none"])
+    assert config.masking.types["email"].k == 3  # inherited
+    assert masking_rules(config) == (Rule("cap", k=3, anchor="none"),)
+    with pytest.raises(UserError, match=r"masking.types.email.policy is 'capp': .*did you mean cap"):
+        load_config(None, ["masking.types.email.policy=capp"])
+    with pytest.raises(UserError, match=r"unknown key masking.types.email.polcy"):
+        load_config(None, ["masking.types.email.polcy=cap"])
+    with pytest.raises(UserError, match=r"masking.p is 2.0"):
+        load_config(None, ["masking.p=2"])
