@@ -22,8 +22,8 @@ class SourceConfig:
 
     format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
-    heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by seed.
-    on_error: raise | skip (skipped documents are counted in the manifest).
+    heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
+    on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
     """
 
     format: str = "synthetic"
@@ -36,14 +36,19 @@ class SourceConfig:
     heldout_limit: int = 0
     heldout_fraction: float = 0.1
     on_error: str = "raise"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """A SentencePiece model trained on the corpus, its PII left out. vocab_size counts the 256 byte pieces."""
+    """A SentencePiece model trained on the corpus, its PII left out. vocab_size counts the 256 byte pieces.
+
+    path: a model to take instead, such as that of other prepared data (their tokenizer.model).
+    """
 
     vocab_size: int = 2048
     model_type: str = "bpe"
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,51 @@ class DedupConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """What counts in the loss: mean over targets of weight x (nll + elr_weight x penalty), divided by the sum of weights.
+
+    pii_weight: of the tokens of true PII as targets, 0 = PII loss masking. surrogate_weight: of the tokens of surrogates.
+    goldfish: none | static | hash, leave one token in `goldfish_k` out of the loss; hash looks at the `goldfish_context`
+    tokens before it, so that repeated text drops the same tokens (Hans et al. 2024).
+    elr_weight: of early-learning regularization (Liu et al. 2020), 0 = off; its targets are the predictions of an average of
+    the weights with decay `elr_decay`, which costs a second forward pass and a copy of the parameters.
+    """
+
+    pii_weight: float = 1.0
+    surrogate_weight: float = 1.0
+    goldfish: str = "none"
+    goldfish_k: int = 4
+    goldfish_context: int = 13
+    elr_weight: float = 0.0
+    elr_decay: float = 0.997
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """DP-SGD (Abadi et al. 2016); needs the extra [dp]. The privacy unit is one block of packed text.
+
+    noise_multiplier: standard deviation of the noise / clip_norm, 0 = off. epsilon: a target to compute it from instead.
+    clip_norm: bound on the norm of each block's gradient. delta: 0 = 1 / number of blocks.
+    sampling: what the accountant takes for granted. poisson (each block is in a step by an independent coin; usual in the
+    literature, but the loader shuffles epochs, so that epsilon is an estimate) | shuffled (holds for the loader as it is,
+    without amplification by sampling, so that epsilon is larger).
+    microbatch: blocks whose gradients are held at once, 0 = all of a step.
+    """
+
+    noise_multiplier: float = 0.0
+    epsilon: float = 0.0
+    clip_norm: float = 1.0
+    delta: float = 0.0
+    sampling: str = "poisson"
+    microbatch: int = 0
+
+    @property
+    def on(self) -> bool:
+        """Return whether DP-SGD is switched on."""
+        return self.noise_multiplier > 0 or self.epsilon > 0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer: rotary positions, RMSNorm, SwiGLU, tied embeddings. mlp_width 0 = 8/3 width."""
 
@@ -123,7 +173,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data."""
+    """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data.
+
+    dropout: probability, on the embedding and on what each attention and MLP adds to the residual stream.
+    early_stopping: stop when held-out perplexity has not improved for so many checkpoints, 0 = never; the best checkpoint
+    is then the model handed over.
+    """
 
     batch_size: int = 16
     sequence_length: int = 128
@@ -135,6 +190,8 @@ class TrainingConfig:
     schedule: str = "linear"
     final_learning_rate_ratio: float = 0.1
     weight_decay: float = 0.01
+    dropout: float = 0.0
+    early_stopping: int = 0
     beta1: float = 0.9
     beta2: float = 0.98
     gradient_clip: float = 1.0
@@ -184,6 +241,9 @@ class AuditConfig:
 class Config:
     """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`).
 
+    seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
+    depend on source.seed.
+
     name: the run's name; empty = baseline, rmft or dedup, by what is switched on. data: prepared data elsewhere.
     """
 
@@ -196,6 +256,8 @@ class Config:
     pii: PiiConfig = field(default_factory=PiiConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -234,11 +296,14 @@ _CHOICES = {
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
     "dedup.policy": ("none", "near", "near_exact"),
+    "loss.goldfish": ("none", "static", "hash"),
+    "privacy.sampling": ("poisson", "shuffled"),
     "training.schedule": ("linear", "cosine"),
     "training.dtype": ("float32", "bfloat16"),
 }
 _RANGES = {  # inclusive
     "seed": (0, 2**31 - 1),
+    "source.seed": (0, 2**31 - 1),
     "source.limit": (0, None),
     "source.max_characters": (0, None),
     "source.heldout_limit": (0, None),
@@ -249,6 +314,17 @@ _RANGES = {  # inclusive
     "dedup.near_threshold": (0.05, 1.0),
     "dedup.permutations": (16, 1024),
     "dedup.substring_tokens": (0, None),
+    "loss.pii_weight": (0.0, 1000.0),
+    "loss.surrogate_weight": (0.0, 1000.0),
+    "loss.goldfish_k": (2, 2**31 - 1),
+    "loss.goldfish_context": (1, 128),
+    "loss.elr_weight": (0.0, 1000.0),
+    "loss.elr_decay": (0.0, 0.999999),
+    "privacy.noise_multiplier": (0.0, 1e6),
+    "privacy.epsilon": (0.0, 1e6),
+    "privacy.clip_norm": (1e-6, 1e6),
+    "privacy.delta": (0.0, 0.5),
+    "privacy.microbatch": (0, None),
     "model.layers": (1, None),
     "model.width": (2, None),
     "model.heads": (1, None),
@@ -262,6 +338,8 @@ _RANGES = {  # inclusive
     "training.warmup_steps": (0, None),
     "training.final_learning_rate_ratio": (0.0, 1.0),
     "training.weight_decay": (0.0, 10.0),
+    "training.dropout": (0.0, 0.9),
+    "training.early_stopping": (0, None),
     "training.beta1": (0.0, 0.9999),
     "training.beta2": (0.0, 0.99999),
     "training.gradient_clip": (0.0, None),
@@ -319,6 +397,14 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"{training.sequence_length}: lower the margin")  # fmt: skip
     if not training.steps and not training.epochs:
         yield "training.steps and training.epochs are both 0: set one of them"
+    privacy = config.privacy
+    if privacy.noise_multiplier and privacy.epsilon:
+        yield "privacy.noise_multiplier and privacy.epsilon are both set: one follows from the other, set one to 0"
+    if privacy.on and config.loss.elr_weight:
+        yield "privacy (DP-SGD) and loss.elr_weight are both set: they do not work together here, set one of them to 0"
+    if privacy.on and privacy.microbatch and training.batch_size % privacy.microbatch:
+        yield (f"training.batch_size {training.batch_size} is not divisible by privacy.microbatch {privacy.microbatch}: "
+               f"change one of them")  # fmt: skip
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
     sizes = dataclasses.astuple(config.mesh)

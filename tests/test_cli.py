@@ -110,7 +110,7 @@ def corpus_values(out):
     from rmft_jax.config import load_config
 
     config = load_config(out / "runs/rmft/config.yaml")
-    documents = read_documents(config.source, seed=config.seed)
+    documents = read_documents(config.source)
     texts = documents.train + documents.heldout
     values = {span.value for text in texts for span in detect(text)}
     spellings = {text[span.start : span.end] for text in texts for span in detect(text)}

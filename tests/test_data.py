@@ -44,26 +44,26 @@ def test_round_trip_on_random_documents(prepared):
 
 
 def test_round_trip_on_bundled_mail(prepared, tiny):
-    check_round_trip(read_documents(tiny().source, seed=0).train, prepared.tokenizer)
+    check_round_trip(read_documents(tiny().source).train, prepared.tokenizer)
 
 
 @pytest.mark.skipif(not ENRON.exists(), reason="the Enron sample is not beside the project")
 def test_round_trip_on_enron():
     config = load_config(None, ["source.format=jsonl", f"source.path={ENRON}", "source.text_field=raw", "source.limit=400"])
-    texts = read_documents(config.source, seed=0).train
+    texts = read_documents(config.source).train
     tokenizer = Tokenizer.train([text for text in texts if "@" not in text] + texts, config.tokenizer)
     check_round_trip(texts, tokenizer)
 
 
 def test_no_piece_of_the_vocabulary_holds_pii(prepared, tiny):
-    values = {span.value for text in read_documents(tiny().source, seed=0).train for span in detect(text)}
+    values = {span.value for text in read_documents(tiny().source).train for span in detect(text)}
     pieces = [prepared.tokenizer.decode([id]) for id in range(prepared.tokenizer.vocab_size)]
     assert not any("@" in piece and len(piece) > 1 for piece in pieces)
     assert not any(piece.strip().lower() in values for piece in pieces)
 
 
 def test_no_surrogate_is_a_real_component(prepared, tiny):
-    texts = read_documents(tiny().source, seed=0).train
+    texts = read_documents(tiny().source).train
     real = {word for text in texts for span in detect(text) for word in span.value.partition("@")[0].split(".")}
     bank = prepared.bank
     words = {
@@ -126,7 +126,7 @@ def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):
 def test_prepare_counts_and_repeats_itself(tiny, tmp_path):
     config = load_config(None, ["source.limit=60", "tokenizer.vocab_size=600", f"out={tmp_path}/a"])
     manifest = prepare(config)
-    documents = read_documents(config.source, seed=config.seed)
+    documents = read_documents(config.source)
     found = [span.value for text in documents.train for span in detect(text)]
     assert manifest["train"]["pii_occurrences"] == len(found)
     assert manifest["pii_identities"] == len(set(found))
@@ -154,17 +154,17 @@ def test_sources(tmp_path):
     path.write_text('{"body": "one"}\n\n{"body": "two"}\nnot json\n{"text": "three"}\n{"body": "four\\n"}\n')
     base = ["source.format=jsonl", f"source.path={path}", "source.text_field=body", "source.heldout_fraction=0.3"]
     with pytest.raises(UserError, match="line 4 is not valid JSON"):
-        read_documents(load_config(None, base).source, seed=0)
-    documents = read_documents(load_config(None, [*base, "source.on_error=skip"]).source, seed=0)
+        read_documents(load_config(None, base).source)
+    documents = read_documents(load_config(None, [*base, "source.on_error=skip"]).source)
     assert sorted(documents.train + documents.heldout) == ["four\n", "one", "two"] and documents.skipped == 2
     text = tmp_path / "plain.txt"
     text.write_bytes("a\nb\n<|endoftext|>\nc\r\nd\n<|endoftext|>\n \xff\n".encode("latin-1"))
     base = ["source.format=text", f"source.path={text}", "source.heldout_fraction=0.3"]
-    documents = read_documents(load_config(None, base).source, seed=0)
+    documents = read_documents(load_config(None, base).source)
     assert sorted(documents.train + documents.heldout) == [" \ufffd\n", "a\nb\n", "c\r\nd\n"]
     with pytest.raises(UserError, match="no training documents|no held-out documents"):
         (tmp_path / "empty.jsonl").write_text("")
-        read_documents(load_config(None, ["source.format=jsonl", f"source.path={tmp_path}/empty.jsonl"]).source, seed=0)
+        read_documents(load_config(None, ["source.format=jsonl", f"source.path={tmp_path}/empty.jsonl"]).source)
 
 
 def test_detection_of_addresses():

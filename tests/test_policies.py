@@ -89,7 +89,8 @@ def replacements(corpus, prepared, scope, epoch, **rule):
 
 
 def test_scope_says_which_occurrences_share_a_surrogate(corpus, prepared):
-    found = {scope: replacements(corpus, prepared, scope, 0, anchor="none") for scope in ("occurrence", "document", "corpus")}
+    scopes = ("occurrence", "document", "corpus")
+    found = {scope: replacements(corpus, prepared, scope, 0, anchor="none") for scope in scopes}
     repeated = [key for key, texts in found["document"].items() if len(texts) > 1]
     assert repeated
     assert all(len(set(found["document"][key])) == 1 for key in repeated)
@@ -109,7 +110,8 @@ def test_static_surrogates_stay_and_fresh_ones_change(corpus, prepared):
 
 
 def test_anchor_none_keeps_nothing_and_shared_keeps_what_many_have_but_never_all(prepared):
-    texts = [f"mail ann.{name}@alder.example.com now" for name in ("oak", "elm", "ash", "fir")] + ["ann.oak@birch.example.com"]
+    texts = [f"mail ann.{name}@alder.example.com now" for name in ("oak", "elm", "ash", "fir")]
+    texts.append("ann.oak@birch.example.com")
     spans, _, records = tagged(texts, prepared.tokenizer)
     row = blocks_of(records, stride=sum(len(r["tokens"]) for r in records))[0]
     masked = mask([row], prepared.bank, length=300, policy="all", anchor="shared", shared_by=4)

@@ -25,7 +25,7 @@ from rmft_jax.pii.types import components, detect, keyed_hash
 from rmft_jax.progress import say, track
 
 SCHEMA = 1
-_SECTIONS = ("source", "tokenizer", "pii", "seed")  # what the data depends on; with parts of masking and dedup
+_SECTIONS = ("source", "tokenizer", "pii")  # what the data depends on; with parts of masking and dedup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def load_prepared(config: Config) -> Prepared:
 
 def _prepare_into(directory: Path, config: Config) -> dict:
     say(f"prepare: reading {config.source.path or config.source.format}")
-    documents = read_documents(config.source, seed=config.seed)
+    documents = read_documents(config.source)
     ignore = frozenset(value.lower() for value in config.pii.ignore)
     find = lambda texts, what: [  # noqa: E731
         detect(text, config.pii.types, ignore) for text in track(texts, f"prepare: finding PII ({what})", len(texts))
@@ -102,10 +102,13 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     identities = Identities.empty()
     numbering = [identities.add(spans) for spans in train_spans]
 
-    say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
     pairs = list(zip(documents.train, train_spans, strict=True))
-    tokenizer = Tokenizer.train(_text_outside_pii(pairs), config.tokenizer)
-    bank = build_bank(tokenizer.encode, _real_components(pairs), rows=config.masking.surrogates, seed=config.seed)
+    if config.tokenizer.path:
+        tokenizer = Tokenizer.load(Path(config.tokenizer.path))
+    else:
+        say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
+        tokenizer = Tokenizer.train(_text_outside_pii(pairs), config.tokenizer)
+    bank = build_bank(tokenizer.encode, _real_components(pairs), rows=config.masking.surrogates, seed=config.source.seed)
 
     train = list(tag(track(pairs, "prepare: tagging", len(pairs)), numbering, tokenizer))
     heldout_numbers = [identities.look_up(spans) for spans in heldout_spans]
@@ -180,7 +183,7 @@ def _flag_duplicates(records: list[dict], texts: list[str], config: Config, subs
     from rmft_jax.data.dedup import near_duplicates, repeated_substrings
 
     near = near_duplicates(
-        texts, threshold=config.dedup.near_threshold, num_perm=config.dedup.permutations, seed=config.seed
+        texts, threshold=config.dedup.near_threshold, num_perm=config.dedup.permutations, seed=config.source.seed
     )
     kept = [record for record, is_near in zip(records, near, strict=True) if not is_near]
     ids = np.concatenate([record["tokens"] for record in kept])

@@ -24,7 +24,7 @@ class Documents:
     skipped: int = 0
 
 
-def read_documents(config: SourceConfig, *, seed: int) -> Documents:
+def read_documents(config: SourceConfig) -> Documents:
     """Read the training and held-out documents of a source.
 
     Raises UserError for a missing file, a corrupt line (unless on_error is skip), or a source without documents.
@@ -33,14 +33,14 @@ def read_documents(config: SourceConfig, *, seed: int) -> Documents:
     if config.format == "synthetic":
         from rmft_jax.data.synthetic import synthetic_mail
 
-        texts = [item["text"] for item in synthetic_mail(config.limit or 500, seed=seed)]
+        texts = [item["text"] for item in synthetic_mail(config.limit or 500, seed=config.seed)]
         documents.train = [_cut(text, config) for text in texts]
     else:
         documents.train = _read(config, config.path, config.limit, documents)
     if config.format != "synthetic" and config.heldout_path:
         documents.heldout = _read(config, config.heldout_path, config.heldout_limit, documents)
     else:
-        _set_aside(documents, config, seed)
+        _set_aside(documents, config)
     for name, texts in (("training", documents.train), ("held-out", documents.heldout)):
         if not texts:
             raise UserError(
@@ -57,12 +57,12 @@ def read_texts(path: str, *, text_field: str, separator: str, limit: int = 0) ->
     return _read(config, path, limit, Documents())
 
 
-def _set_aside(documents: Documents, config: SourceConfig, seed: int) -> None:
+def _set_aside(documents: Documents, config: SourceConfig) -> None:
     """Move a random share of the documents to the held-out set; the order of the others stays."""
     count = max(1, round(config.heldout_fraction * len(documents.train))) if config.heldout_fraction else 0
     if config.heldout_limit:
         count = min(count, config.heldout_limit)
-    chosen = set(random.Random(seed).sample(range(len(documents.train)), min(count, len(documents.train))))
+    chosen = set(random.Random(config.seed).sample(range(len(documents.train)), min(count, len(documents.train))))
     documents.heldout = [text for number, text in enumerate(documents.train) if number in chosen]
     documents.train = [text for number, text in enumerate(documents.train) if number not in chosen]
 

@@ -15,7 +15,6 @@ from rmft_jax.memorization.rates import (
     aurc,
     bootstrap_counts,
     max_ter,
-    mdp_interval,
     mean_delta_perplexity,
     percentile_interval,
     reduction_pct,
@@ -38,56 +37,113 @@ def compare(runs: list[Path], out: Path, overrides: list[str] | None = None, *, 
     overrides: `audit.confidence` and `audit.bootstrap`. Raises UserError without a baseline, without audits, or when the
     runs do not share data, prompts and number of checkpoints.
     """
-    audits = [_read_audit(run) for run in runs]
-    evaluations = [read_evaluation(run)["checkpoints"] for run in runs]
-    configs = [load_run_config(run, overrides or []) for run in runs]
-    baseline = _check(runs, audits, evaluations)
-    settings = configs[baseline].audit
-    mdps = [_mdp_by_checkpoint(e, evaluations[baseline]) for e in evaluations]
-    tau = tau_grid(mdps)
-    samples = [_Samples(audit, settings.bootstrap, configs[baseline].seed) for audit in audits]
-    manifest = load_prepared(configs[baseline]).manifest
-    names = [audit["run"] for audit in audits]
-    results = {
-        "schema": SCHEMA,
-        "version": rmft_jax.__version__,
-        "command": command,
-        "data": _describe_data(manifest, audits[baseline]),
-        "settings": {
-            "baseline": names[baseline],
-            "confidence": settings.confidence,
-            "bootstrap": settings.bootstrap,
-            "headline_prompts": "all",
-            "prompts": {**audits[baseline]["prompts"], "all": sum(audits[baseline]["prompts"].values())},
-            "new_tokens": audits[baseline]["new_tokens"],
-            "aurc_grid": {"start": float(tau[0]), "stop": float(tau[-1]), "count": len(tau)},
-        },
-        "runs": {
-            name: _describe_run(run, audit, mdp)
-            for name, run, audit, mdp in zip(names, runs, audits, mdps, strict=True)
-        },
-        "comparison": {
-            name: {
-                **_reductions(samples[i], samples[baseline], "all", settings.confidence),
-                **_cost(evaluations[i], evaluations[baseline], settings, configs[baseline].seed),
-                **_frontier(samples[i], mdps[i], tau, settings.confidence),
-                "prompts": {
-                    prompts: _reductions(samples[i], samples[baseline], prompts, settings.confidence)
-                    for prompts in audits[baseline]["prompts"]
-                },
-            }
-            for i, name in enumerate(names)
-        },
-    }
+    results = comparison([runs], overrides or [], command=command)
     write_json(out / "results.json", results)
     return results
 
 
-class _Samples:
-    """TER and SER of one audit by checkpoint, as counted and in every bootstrap resample of its prompts.
+def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: str) -> dict:
+    """Return the content of results.json for the same methods trained under several seeds.
 
-    All audits of a comparison have the same prompts, so the same seed pairs their resamples.
+    seeds: the runs of each seed, of equal names and in equal order. Every figure is the mean over the seeds; so are the ends
+    of the intervals under "runs", which are therefore as wide as those of one seed. The intervals under "comparison" come
+    from a paired bootstrap over seeds, and within them over prompts (or held-out documents).
     """
+    audits = [[_read_audit(run) for run in runs] for runs in seeds]
+    evaluations = [[read_evaluation(run)["checkpoints"] for run in runs] for runs in seeds]
+    config = load_run_config(seeds[0][0], overrides)
+    baseline = _check(seeds, audits, evaluations)
+    settings = config.audit
+    chosen = _resampled_seeds(len(seeds), settings.bootstrap, config.seed)
+    by_run = lambda table: [list(column) for column in zip(*table, strict=True)]  # noqa: E731  [seed][run] -> [run][seed]
+    mdps = [
+        np.mean([_mdp_by_checkpoint(*pair) for pair in zip(method, by_run(evaluations)[baseline], strict=True)], axis=0)
+        for method in by_run(evaluations)
+    ]
+    tau = tau_grid(mdps)
+    samples = [_Samples(of_seeds, chosen, config.seed) for of_seeds in by_run(audits)]
+    first = audits[0][baseline]
+    names = [audit["run"] for audit in audits[0]]
+    return {
+        "schema": SCHEMA,
+        "version": rmft_jax.__version__,
+        "command": command,
+        "data": _describe_data(load_prepared(config).manifest, first),
+        "settings": {
+            "baseline": names[baseline],
+            "seeds": len(seeds),
+            "confidence": settings.confidence,
+            "bootstrap": settings.bootstrap,
+            "headline_prompts": "all",
+            "prompts": {**first["prompts"], "all": sum(first["prompts"].values())},
+            "new_tokens": first["new_tokens"],
+            "aurc_grid": {"start": float(tau[0]), "stop": float(tau[-1]), "count": len(tau)},
+        },
+        "runs": {
+            name: mean_over_seeds([
+                _describe_run(seeds[s][i], audits[s][i], _mdp_by_checkpoint(evaluations[s][i], evaluations[s][baseline]))
+                for s in range(len(seeds))
+            ])
+            for i, name in enumerate(names)
+        },
+        "comparison": {
+            name: {
+                **_reductions(samples[i], samples[baseline], "all", settings.confidence),
+                **_cost(by_run(evaluations)[i], by_run(evaluations)[baseline], settings, chosen, config.seed),
+                **_frontier(samples[i], mdps[i], tau, settings.confidence),
+                "prompts": {
+                    prompts: _reductions(samples[i], samples[baseline], prompts, settings.confidence)
+                    for prompts in first["prompts"]
+                },
+            }
+            for i, name in enumerate(names)
+        },
+    }  # fmt: skip
+
+
+def mean_over_seeds(values: list):
+    """Return the mean of equal trees of numbers, place by place; None where a seed has none. Text is that of the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: mean_over_seeds([value[key] for value in values]) for key in first}
+    if any(value is None for value in values):
+        return None
+    if isinstance(first, list):
+        return [mean_over_seeds(list(items)) for items in zip(*values, strict=True)]
+    if isinstance(first, (str, bool)) or all(value == first for value in values):
+        return first
+    return float(np.mean(values))
+
+
+def _resampled_seeds(seeds: int, count: int, seed: int) -> np.ndarray:
+    """Return float [count, seeds]: the weight of each seed in each resample."""
+    return np.random.default_rng([seed, 1]).multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds
+
+
+class _Samples:
+    """TER and SER of one method by checkpoint, as counted and in every bootstrap resample, means over its seeds.
+
+    The runs of a seed have the same prompts, and all methods the same resampled seeds, so the same draws pair them.
+    """
+
+    def __init__(self, audits: list[dict], chosen: np.ndarray, seed: int):
+        self._audits = [_SeedSamples(audit, len(chosen), seed) for audit in audits]
+        self._chosen = chosen
+
+    def rates(self, prompts: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return {"ter", "ser"}: float [C] and resampled float [R, C], for one prompt set or "all"."""
+        parts = [audit.rates(prompts) for audit in self._audits]
+        return {
+            rate: (
+                np.mean([part[rate][0] for part in parts], axis=0),
+                np.einsum("rs,src->rc", self._chosen, np.stack([part[rate][1] for part in parts])),
+            )
+            for rate in ("ter", "ser")
+        }
+
+
+class _SeedSamples:
+    """TER and SER of one audit by checkpoint, as counted and in every bootstrap resample of its prompts."""
 
     def __init__(self, audit: dict, count: int, seed: int):
         self.sets, self.known = audit["prompts"], audit["identities"]
@@ -131,22 +187,41 @@ def _reductions(method: _Samples, baseline: _Samples, prompts: str, confidence: 
     return out
 
 
-def _cost(method: list[dict], baseline: list[dict], settings, seed: int) -> dict:
-    """Perplexity and MDP of the last checkpoint against the baseline's, resampled over held-out documents."""
-    ours, theirs = method[-1], baseline[-1]
-    perplexities = paired_perplexities(ours, theirs)
-    tokens = np.array(ours["document_tokens"], float)
-    some = tokens > 0
-    tokens = tokens[some]
-    gap = (np.array(ours["document_nll"]) - np.array(theirs["document_nll"]))[some]
-    weights = resample([len(tokens)], settings.bootstrap, seed)  # int [R, D]
-    increases = 100 * np.expm1(weights @ gap / (weights @ tokens))
+def _cost(method: list[list[dict]], baseline: list[list[dict]], settings, chosen: np.ndarray, seed: int) -> dict:
+    """Perplexity and MDP of the last checkpoint against the baseline's, resampled over seeds and held-out documents.
+
+    method, baseline: evaluations by seed and checkpoint. perplexity_other_increase_pct: on tokens outside PII alone.
+    """
+    last = [(ours[-1], theirs[-1]) for ours, theirs in zip(method, baseline, strict=True)]
+    weights = resample([len(last[0][0]["document_tokens"])], settings.bootstrap, seed)  # int [R, D], for all alike
+    interval = lambda draws: percentile_interval(np.sum(chosen.T * draws, axis=0), settings.confidence)  # noqa: E731
+    out = {}
+    for name, key in (("perplexity", "perplexity"), ("perplexity_other", "perplexity_other")):
+        ratios = [100 * (ours[key] / theirs[key] - 1) for ours, theirs in last if ours[key] and theirs[key]]
+        draws = [_resampled_increase(*pair, weights, outside_pii=key == "perplexity_other") for pair in last]
+        out[f"{name}_increase_pct"] = float(np.mean(ratios)) if len(ratios) == len(last) else None
+        out[f"{name}_increase_pct_ci"] = interval(draws)
+    some = np.array(last[0][0]["document_tokens"]) > 0
+    gaps = [np.subtract(*paired_perplexities(*pair)) for pair in last]
     return {
-        "perplexity_increase_pct": 100 * (ours["perplexity"] / theirs["perplexity"] - 1),
-        "perplexity_increase_pct_ci": percentile_interval(increases, settings.confidence),
-        "mdp": mean_delta_perplexity(*perplexities),
-        "mdp_ci": mdp_interval(*perplexities, count=settings.bootstrap, seed=seed, confidence=settings.confidence),
+        **out,
+        "mdp": float(np.mean([mean_delta_perplexity(*paired_perplexities(*pair)) for pair in last])),
+        "mdp_ci": interval([weights[:, some] @ gap / weights[:, some].sum(1) for gap in gaps]),
     }
+
+
+def _resampled_increase(ours: dict, theirs: dict, weights: np.ndarray, *, outside_pii: bool) -> np.ndarray:
+    """Return float [R]: by how many percent perplexity rose in each resample of the held-out documents."""
+
+    def sums(scores: dict) -> tuple[np.ndarray, np.ndarray]:
+        nll, tokens = (np.array(scores[f"document_{what}"], float) for what in ("nll", "tokens"))
+        if outside_pii:
+            nll, tokens = nll - scores["document_nll_pii"], tokens - scores["document_tokens_pii"]
+        return nll, tokens
+
+    (nll, tokens), (base, _) = sums(ours), sums(theirs)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 100 * np.expm1(weights @ (nll - base) / (weights @ tokens))
 
 
 def _frontier(samples: _Samples, mdp: np.ndarray, tau: np.ndarray, confidence: float) -> dict:
@@ -206,22 +281,28 @@ def _read_audit(run: Path) -> dict:
     return read_json(run / "audit.json", "audit", "run `rmft audit` on this run first")
 
 
-def _check(runs: list[Path], audits: list[dict], evaluations: list[list[dict]]) -> int:
+def _check(seeds: list[list[Path]], audits: list[list[dict]], evaluations: list[list[list[dict]]]) -> int:
     """Return the baseline's place; raise UserError when the runs cannot be compared."""
-    places = [place for place, audit in enumerate(audits) if audit["method"] == "none"]
+    places = [place for place, audit in enumerate(audits[0]) if audit["method"] == "none"]
     if len(places) != 1:
         raise UserError(f"{len(places)} of the runs have no defence: name exactly one baseline (masking.policy=none)")
-    names = [audit["run"] for audit in audits]
+    names = [audit["run"] for audit in audits[0]]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two runs are called {name}: train one of them under another name=")
-    first = audits[places[0]]
-    for run, audit, evaluation in zip(runs, audits, evaluations, strict=True):
-        for key, what in (("content_hash", "data"), ("prompts", "prompts"), ("new_tokens", "audit.new_tokens")):
-            if audit[key] != first[key]:
-                raise UserError(f"{run} was audited with other {what} than the baseline: audit both with one config")
-        if not len(audit["checkpoints"]) == len(evaluation) == len(first["checkpoints"]):
-            raise UserError(f"{run} has another number of audited checkpoints than the baseline: finish it, audit again")
+    first = audits[0][places[0]]
+    for runs, of_seed, scores in zip(seeds, audits, evaluations, strict=True):
+        if [audit["run"] for audit in of_seed] != names:
+            where = f"{runs[0].parent} has other runs than {seeds[0][0].parent}"
+            raise UserError(f"{where}: train every method under every seed")
+        for run, audit, evaluation in zip(runs, of_seed, scores, strict=True):
+            for key, what in (("content_hash", "data"), ("prompts", "prompts"), ("new_tokens", "audit.new_tokens")):
+                if audit[key] != first[key]:
+                    raise UserError(f"{run} was audited with other {what} than the baseline: audit both with one config")
+            if not len(audit["checkpoints"]) == len(evaluation) == len(first["checkpoints"]):
+                raise UserError(
+                    f"{run} has another number of audited checkpoints than the baseline: finish it, audit again"
+                )
     return places[0]
 
 

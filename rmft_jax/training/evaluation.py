@@ -15,7 +15,7 @@ def evaluate(eval_step: Callable, params: dict, blocks: Blocks, *, batch_size: i
     """Score the held-out blocks as they stand.
 
     Returns: perplexity, perplexity_pii, perplexity_other (exp of the mean NLL of those target tokens; None without any),
-    and document_nll, document_tokens: sums and counts for each document, in order.
+    and document_nll, document_tokens: sums and counts for each document, in order; with _pii, of its PII tokens alone.
     """
     count = int(blocks.corpus.document.max()) + 1
     sums, counts = np.zeros((2, count)), np.zeros((2, count), np.int64)  # other, PII
@@ -30,6 +30,8 @@ def evaluate(eval_step: Callable, params: dict, blocks: Blocks, *, batch_size: i
         "perplexity_other": perplexity(sums[0].sum(), counts[0].sum()),
         "document_nll": sums.sum(0).tolist(),
         "document_tokens": counts.sum(0).tolist(),
+        "document_nll_pii": sums[1].tolist(),
+        "document_tokens_pii": counts[1].tolist(),
     }
 
 
