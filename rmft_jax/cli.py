@@ -124,6 +124,30 @@ def demo(
 
 
 @app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Which study: rmft.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Repeat a published study: train, attack and compare every method under several seeds; what holds, what does not."""
+    from rmft_jax.config import load_config
+    from rmft_jax.studies import run_study
+
+    settings = load_config(config, overrides or [])
+    results = run_study(name, settings, command=_command())
+    if as_json:
+        print(json.dumps(results))
+    else:
+        _print_table(results)
+        _print_claims(results)
+    print(f"wrote {Path(settings.out) / 'results.json'}", file=sys.stderr)
+    if strict and not all(claim["holds"] for claim in results["claims"]):
+        raise typer.Exit(3)
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="What to measure: masking.")],
     overrides: Overrides = None,
@@ -166,6 +190,15 @@ def _print_table(results: dict) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(text_table(results))
+
+
+def _print_claims(results: dict) -> None:
+    from rich.console import Console
+
+    from rmft_jax.report.html import claims_table
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(claims_table(results))
 
 
 def main() -> None:

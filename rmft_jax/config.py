@@ -60,6 +60,19 @@ class PiiConfig:
 
 
 @dataclass(frozen=True)
+class CanaryConfig:
+    """Invented addresses that `prepare` plants in the training documents, to measure how well they are remembered.
+
+    count: canaries for each number in `repetitions`; 0 = none. repetitions: in how many documents a canary stands.
+    references: addresses drawn from the same space that its perplexity is ranked among.
+    """
+
+    count: int = 0
+    repetitions: tuple[int, ...] = (1, 2, 4, 8, 16)
+    references: int = 1000
+
+
+@dataclass(frozen=True)
 class MaskingRuleConfig:
     """How the spans of a PII type are masked (`kernels.masking` says what each means).
 
@@ -67,7 +80,8 @@ class MaskingRuleConfig:
     probability `p`) | cap (at most `k` true showings of a value over the whole training).
     anchor: what stays of a replaced value. random (one component, RMFT) | none | shared (components that at least
     `shared_by` different values of the corpus have, the rarest one never).
-    replacement: surrogate | placeholder. fresh: other surrogates each epoch; false = the same for the whole training.
+    replacement: surrogate | placeholder. stock: where surrogates come from, invented | recombined (from components of other
+    values of the corpus). fresh: other surrogates each epoch; false = the same for the whole training.
     """
 
     policy: str = "keep_first"
@@ -76,6 +90,7 @@ class MaskingRuleConfig:
     anchor: str = "random"
     shared_by: int = 10
     replacement: str = "surrogate"
+    stock: str = "invented"
     fresh: bool = True
 
 
@@ -84,8 +99,8 @@ class MaskingConfig(MaskingRuleConfig):
     """Randomized masking inside the train step: a rule for all PII types, and other ones for single types.
 
     types: for a PII type, what differs from the rule above, such as {phone: {policy: all}}.
-    scope: what gets a surrogate of its own. occurrence (RMFT) | document (one value, one surrogate within a document) |
-    corpus (everywhere).
+    scope: what gets a surrogate of its own, and counts as one showing. occurrence (RMFT) | document (all occurrences of a
+    value in a document) | corpus (one surrogate everywhere; showings are occurrences).
     margin: tokens of each sequence left free when blocks are cut, so that longer surrogates push no text out.
     surrogates: rows of the surrogate bank for each kind of component.
     """
@@ -220,21 +235,60 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """The extraction attack. prompts: number per prompt set; sets: heldout, web, discoverable.
+    """The attacks on each checkpoint. prompts: number per prompt set; sets: heldout, web, general, discoverable.
 
-    web_path: text for web prompts: a .jsonl(.gz) file with `web_field`, a text file, `synthetic` (bundled prose), or ""
-    (no web prompts).
+    web_path, general_path: text for web and general prompts: a .jsonl(.gz) file with `web_field`, a text file, `synthetic`
+    (bundled prose), or "" (no such prompts).
+    metrics: what else to measure, see memorization.metrics. samples: windows, documents and addresses that they score at
+    most. temperature, top_k, top_p: the sampling that (n, p)-discoverable extraction takes for granted.
+    reference: a run (or RUN/checkpoints/STEP) with the same tokenizer whose model has not seen the training documents, for
+    the membership attack of that name; "" = without.
+    aurc_budget_pct: AURC counts leaks within budgets from 0 to this many percent of the baseline's perplexity.
     """
 
     prompts: int = 192
-    sets: tuple[str, ...] = ("heldout", "web", "discoverable")
+    sets: tuple[str, ...] = ("heldout", "web", "general", "discoverable")
     prompt_tokens: int = 64
     new_tokens: int = 48
     batch_size: int = 256
     web_path: str = "synthetic"
     web_field: str = "text"
+    general_path: str = "synthetic"
+    metrics: tuple[str, ...] = (
+        "similarity",
+        "log_probability_gap",
+        "discoverable_50",
+        "n_p",
+        "extraction_strength",
+        "k_eidetic",
+        "exposure",
+        "membership",
+    )
+    samples: int = 200
+    temperature: float = 1.0
+    top_k: int = 40
+    top_p: float = 1.0
+    reference: str = ""
+    aurc_budget_pct: float = 20.0
     confidence: float = 0.95
     bootstrap: int = 1000
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What `rmft study` varies.
+
+    methods: name -> what it changes in the config, as nested keys; the first, without changes, is the baseline.
+    seeds: how many times each method is trained, with seed, seed + 1, ...
+    budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
+    trained a second time, for as many updates as the baseline).
+    pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
+    """
+
+    methods: dict[str, dict] = field(default_factory=dict)
+    seeds: int = 3
+    budgets: tuple[str, ...] = ("epochs", "updates")
+    pretrain: dict[str, typing.Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -244,7 +298,7 @@ class Config:
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.
 
-    name: the run's name; empty = baseline, rmft or dedup, by what is switched on. data: prepared data elsewhere.
+    name: the run's name; empty = what is switched on (`method`), or baseline. data: prepared data elsewhere.
     """
 
     out: str = "runs/demo"
@@ -254,6 +308,7 @@ class Config:
     source: SourceConfig = field(default_factory=SourceConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     pii: PiiConfig = field(default_factory=PiiConfig)
+    canary: CanaryConfig = field(default_factory=CanaryConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -263,6 +318,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
 
     def __post_init__(self) -> None:
         for rule in _rules(self):
@@ -270,9 +326,8 @@ class Config:
 
     @property
     def method(self) -> str:
-        """Name the defence that is switched on: none, rmft, dedup, or both joined by '+'."""
-        parts = ["rmft"] * (self.masking.policy == "keep_first") + ["dedup"] * (self.dedup.policy != "none")
-        return "+".join(parts) or "none"
+        """Name the defences that are switched on, joined by '+' in the order of METHODS; none without any."""
+        return "+".join(name for name, is_on in METHODS.items() if is_on(self)) or "none"
 
     @property
     def run_name(self) -> str:
@@ -290,6 +345,19 @@ class Config:
         return Path(self.out) / "runs" / self.run_name
 
 
+# What each defence is called, and when it is switched on. Weight decay is one where it is not the usual one.
+METHODS: dict[str, typing.Callable[[Config], bool]] = {
+    "rmft": lambda config: config.masking.policy != "none",
+    "dedup": lambda config: config.dedup.policy != "none",
+    "goldfish": lambda config: config.loss.goldfish != "none",
+    "pii_loss": lambda config: config.loss.pii_weight != 1,
+    "surrogate_loss": lambda config: config.loss.surrogate_weight != 1,
+    "elr": lambda config: config.loss.elr_weight > 0,
+    "weight_decay": lambda config: config.training.weight_decay != TrainingConfig.weight_decay,
+    "dropout": lambda config: config.training.dropout != TrainingConfig.dropout,
+    "early_stopping": lambda config: config.training.early_stopping > 0,
+    "dp": lambda config: config.privacy.on,
+}
 _CHOICES = {
     "source.format": ("synthetic", "jsonl", "text"),
     "source.on_error": ("raise", "skip"),
@@ -309,6 +377,8 @@ _RANGES = {  # inclusive
     "source.heldout_limit": (0, None),
     "source.heldout_fraction": (0.0, 0.9),
     "tokenizer.vocab_size": (300, 1_000_000),
+    "canary.count": (0, 100_000),
+    "canary.references": (2, 1_000_000),
     "masking.margin": (0, None),
     "masking.surrogates": (16, 65535),
     "dedup.near_threshold": (0.05, 1.0),
@@ -321,7 +391,7 @@ _RANGES = {  # inclusive
     "loss.elr_weight": (0.0, 1000.0),
     "loss.elr_decay": (0.0, 0.999999),
     "privacy.noise_multiplier": (0.0, 1e6),
-    "privacy.epsilon": (0.0, 1e6),
+    "privacy.epsilon": (0.0, 100.0),
     "privacy.clip_norm": (1e-6, 1e6),
     "privacy.delta": (0.0, 0.5),
     "privacy.microbatch": (0, None),
@@ -351,16 +421,28 @@ _RANGES = {  # inclusive
     "audit.prompt_tokens": (1, None),
     "audit.new_tokens": (1, None),
     "audit.batch_size": (1, None),
+    "audit.aurc_budget_pct": (0.1, None),
     "audit.confidence": (0.5, 0.9999),
     "audit.bootstrap": (10, 1_000_000),
+    "audit.samples": (1, None),
+    "audit.temperature": (1e-3, 1e3),
+    "audit.top_k": (0, None),
+    "audit.top_p": (1e-6, 1.0),
+    "study.seeds": (1, None),
 }
 _RULE_CHOICES = {
     "policy": ("none", "all", "keep_first", "keep_random", "bernoulli", "cap"),
     "anchor": ("random", "none", "shared"),
     "replacement": ("surrogate", "placeholder"),
+    "stock": ("invented", "recombined"),
 }
 _RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
-_MEMBERS = {"pii.types": ("email",), "audit.sets": ("heldout", "web", "discoverable")}
+_MEMBERS = {
+    "pii.types": ("email",),
+    "audit.sets": ("heldout", "web", "general", "discoverable"),
+    "audit.metrics": AuditConfig.metrics,
+    "study.budgets": ("epochs", "updates"),
+}
 
 
 def _rules(config: Config) -> typing.Iterator[str]:
@@ -380,7 +462,7 @@ def _rules(config: Config) -> typing.Iterator[str]:
         for item in value(key):
             if item not in allowed:
                 yield f"{key} has {item!r}: choose among {', '.join(allowed)}{_nearest(item, allowed)}"
-        if not value(key):
+        if not value(key) and key != "audit.metrics":
             yield f"{key} is empty: name at least one of {', '.join(allowed)}"
     for key, (low, high) in (_RANGES | {f"{r}.{k}": v for r in rules for k, v in _RULE_RANGES.items()}).items():
         number = value(key)
@@ -400,6 +482,8 @@ def _rules(config: Config) -> typing.Iterator[str]:
     privacy = config.privacy
     if privacy.noise_multiplier and privacy.epsilon:
         yield "privacy.noise_multiplier and privacy.epsilon are both set: one follows from the other, set one to 0"
+    if 0 < privacy.noise_multiplier < 0.1:
+        yield f"privacy.noise_multiplier is {privacy.noise_multiplier}: below 0.1 it gives no privacy, raise it or set 0"
     if privacy.on and config.loss.elr_weight:
         yield "privacy (DP-SGD) and loss.elr_weight are both set: they do not work together here, set one of them to 0"
     if privacy.on and privacy.microbatch and training.batch_size % privacy.microbatch:
@@ -407,6 +491,12 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"change one of them")  # fmt: skip
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
+    canary = config.canary
+    if canary.count and (min(canary.repetitions, default=0) < 1 or len(set(canary.repetitions)) < len(canary.repetitions)):
+        yield (f"canary.repetitions is {list(canary.repetitions)}: give different numbers, each 1 or more, or set "
+               f"canary.count=0")  # fmt: skip
+    if canary.count and "email" not in config.pii.types:
+        yield "canary.count is set, but pii.types has no email: canaries are addresses, add it or set canary.count=0"
     sizes = dataclasses.astuple(config.mesh)
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
         yield f"mesh is replica={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: use positive sizes, -1 at most once"
@@ -446,6 +536,17 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
             value = text
         _put(tree, key.strip().split("."), "" if value is None else value, override)
     return _build(Config, tree, "", where)
+
+
+def with_changes(config: Config, changes: dict, where: str = "the changes") -> Config:
+    """Return the config with nested keys changed, such as {"masking": {"policy": "all"}}; checked as when it is loaded."""
+
+    def merge(old: typing.Any, new: typing.Any) -> typing.Any:
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return new
+        return old | {key: merge(old.get(key), value) for key, value in new.items()}
+
+    return _build(Config, merge(to_dict(config), changes), "", where)
 
 
 def to_dict(config: Config) -> dict:
@@ -500,20 +601,27 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
         if dataclasses.is_dataclass(types[key]):
             values[key] = _build(types[key], value, f"{prefix}{key}.", where)
         elif typing.get_origin(types[key]) is dict:
-            values[key] = _build_rules(typing.get_args(types[key])[1], value, tree, f"{prefix}{key}.", where)
+            values[key] = _build_mapping(typing.get_args(types[key])[1], value, tree, f"{prefix}{key}.", where)
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)
 
 
-def _build_rules(cls: type, rules: typing.Any, general: dict, prefix: str, where: str) -> dict:
-    """Build a dataclass for each name in `rules`; fields that one leaves out are those of the section around them."""
-    if not isinstance(rules, dict):
-        raise UserError(f"{prefix.rstrip('.')} in {where} is {rules!r}: it is a section, give it keys")
+def _build_mapping(cls: typing.Any, items: typing.Any, general: dict, prefix: str, where: str) -> dict:
+    """Build the values of a mapping. Fields that a dataclass in it leaves out are those of the section around it."""
+    if not isinstance(items, dict):
+        raise UserError(f"{prefix.rstrip('.')} in {where} is {items!r}: it is a section, give it keys")
+    if cls is typing.Any:
+        return items
+    if cls is dict:
+        for name, item in items.items():
+            if not isinstance(item, dict):
+                raise UserError(f"{prefix}{name} in {where} is {item!r}: it is a section, give it keys, or {{}}")
+        return {str(name): item for name, item in items.items()}
     inherited = {key: value for key, value in general.items() if key in typing.get_type_hints(cls)}
     return {
         str(name): _build(cls, inherited | own if isinstance(own, dict) else own, f"{prefix}{name}.", where)
-        for name, own in rules.items()
+        for name, own in items.items()
     }
 
 
@@ -536,10 +644,12 @@ def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typin
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) and value else value or []
-        if isinstance(items, (list, tuple)) and all(isinstance(item, str) for item in items):
+        item_kind = typing.get_args(kind)[0]
+        items = value if isinstance(value, (list, tuple)) else [] if value in ("", None) else [value]
+        if all(isinstance(item, item_kind) and not isinstance(item, bool) for item in items):
             return tuple(items)
-        raise UserError(f"{key} in {where} is {value!r}: it must be a list of strings, such as [a, b]")
+        what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]"}[item_kind]
+        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what}")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -48,7 +48,8 @@ def test_splice_equals_its_reference_on_random_rows():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 5, (3, 40)).astype(np.int32)
     tokens = np.where(np.arange(4) < lengths[..., None], rng.integers(1000, 2000, (3, 40, 4)), 0).astype(np.int32)
-    bank = SurrogateBank(tokens, lengths, np.array([0, 40, 40]), np.array([-1, 0, 1]), np.array([2]))
+    none = np.zeros(1, np.int32)
+    bank = SurrogateBank(tokens, lengths, np.array([0, 40, 40]), np.array([-1, 0, 1]), np.array([2]), *[none] * 5)
     fast = jax.jit(splice, static_argnames="length")
     seen_lengths = set()
     for _ in range(300):

@@ -9,8 +9,11 @@ from test_masking import mask
 
 from rmft_jax.config import load_config
 from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.data.prepare import _values
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SURROGATE, Rule
+from rmft_jax.pii.bank import build_bank
+from rmft_jax.pii.types import KINDS, detect
 from rmft_jax.training.masking import masking_rules
 
 
@@ -102,6 +105,22 @@ def test_scope_says_which_occurrences_share_a_surrogate(corpus, prepared):
         assert (max(map(len, by_identity.values())) > 1) == apart
 
 
+def test_in_document_scope_a_value_is_shown_in_whole_documents(corpus, prepared):
+    """keep_first then shows every occurrence in the first document that holds a value, cap(k) those of k documents."""
+    _, spans, records = corpus
+    blocks = Blocks(Corpus(records, scope="document"), stride=sum(len(r["tokens"]) for r in records))
+    document = np.repeat(np.arange(len(spans)), [len(found) for found in spans])
+    identity = blocks.corpus.span["identity"][1:]
+    for rule, most in (({"policy": "keep_first"}, 1), ({"policy": "cap", "k": 3}, 3)):
+        masked = mask([blocks[0]], prepared.bank, length=2 * blocks.width, **rule)
+        is_shown = masked.shown[0][1 : 1 + len(identity)]
+        holders = collections.defaultdict(list)
+        for number, holder in zip(identity, document, strict=True):
+            holders[number].append(holder)
+        for number, holder, shown_here in zip(identity, document, is_shown, strict=True):
+            assert shown_here == (holder in sorted(set(holders[number]))[:most])
+
+
 def test_static_surrogates_stay_and_fresh_ones_change(corpus, prepared):
     for fresh in (True, False):
         first, second = (replacements(corpus, prepared, "occurrence", epoch, fresh=fresh, anchor="none") for epoch in (0, 1))
@@ -126,6 +145,62 @@ def test_anchor_none_keeps_nothing_and_shared_keeps_what_many_have_but_never_all
     text = prepared.tokenizer.decode(masked.tokens[0])
     assert not any(part in text for part in ("ann", "alder", "example.com", "birch"))
     assert (masked.origin == SURROGATE).sum() > 0
+
+
+def joined(masked):
+    """Return the tokens of all rows in order; the first place of a row repeats the last one of the row before."""
+    keep = (masked.segment_ids > 0) & ((masked.source > 0) | (np.arange(len(masked.tokens)) == 0)[:, None])
+    return masked.tokens[keep]
+
+
+def people(count, seed=1):
+    """Texts with addresses of few first and last names, so that a recombination is often somebody's own address."""
+    rng = np.random.default_rng(seed)
+    names = [[f"{end}{letter}" for letter in "abcdefgh"] for end in ("an", "lee")]
+    return [f"To: {rng.choice(names[0])}.{rng.choice(names[1])}@alder.example.com\n" for _ in range(count)]
+
+
+def test_recombined_surrogates_are_real_parts_and_never_a_real_value(prepared):
+    texts = people(40)
+    spans, _, records = tagged(texts, prepared.tokenizer)
+    real = {span.value for found in spans for span in found}
+    parts = {part for value in real for part in value.split("@")[0].split(".")}
+    pairs = list(zip(texts, spans, strict=True))
+    bank = build_bank(prepared.tokenizer.encode, _values(pairs), rows=500, seed=0)
+    seen, invented = collections.Counter(), 0
+    for stride in (20_000, 11):  # whole documents; and blocks that cut most addresses in two
+        blocks = Blocks(Corpus(records), stride=stride)
+        for epoch in range(40):
+            rows = [blocks[i] | {"epoch": np.int32(epoch)} for i in range(len(blocks))]
+            masked = mask(rows, bank, length=blocks.width + 40, policy="all", anchor="shared", stock="recombined")
+            text = prepared.tokenizer.decode(joined(masked))
+            for value in (span.value for span in detect(text)):
+                assert value not in real
+                local, host = value.split("@")
+                assert host == "alder.example.com"  # shared by all
+                seen.update(part for part in local.split(".") if part in parts)
+                invented += any(part not in parts for part in local.split("."))
+    assert set(seen) == parts
+    assert invented > 100  # what was somebody's own gave way
+
+
+def test_recombined_parts_have_the_distribution_of_the_corpus(prepared):
+    texts = [f"{first}.x{n}@alder.example.com" for n, first in enumerate(["ann"] * 30 + ["bob"] * 10)]
+    pairs = list(zip(texts, tagged(texts, prepared.tokenizer)[0], strict=True))
+    bank = build_bank(prepared.tokenizer.encode, _values(pairs), rows=500, seed=0)
+    kind = bank.recombined[KINDS.index("email_first")]
+    rows = [prepared.tokenizer.decode(bank.tokens[kind, row, : bank.lengths[kind, row]]) for row in range(bank.counts[kind])]
+    assert collections.Counter(rows) == {"ann": 30, "bob": 10}
+
+
+def test_redaction_writes_one_placeholder_for_each_value(prepared):
+    texts = ["from ann.lee@alder.example.com to bob@birch.example.org, thanks", "none here"]
+    spans, _, records = tagged(texts, prepared.tokenizer)
+    for stride in (200, 9):  # whole, and cut within addresses
+        blocks = blocks_of(records, stride=stride)
+        rows = [blocks[i] for i in range(len(blocks))]
+        masked = mask(rows, prepared.bank, length=blocks.width + 8, policy="all", replacement="placeholder")
+        assert prepared.tokenizer.decode(joined(masked)) == "from [EMAIL] to [EMAIL], thanksnone here"
 
 
 def test_rules_differ_by_type(prepared, whole):

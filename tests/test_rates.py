@@ -51,14 +51,15 @@ def test_mdp_max_ter_and_aurc_by_hand():
     tau = np.array([0.0, 0.5, 1.0, 1.5, 2.0])
     curve = max_ter(ter, mdp, tau)
     assert np.isnan(curve[0]) and curve[1:].tolist() == [1.0, 2.0, 2.0, 4.0]
-    assert aurc(curve[1:], tau[1:]) == pytest.approx((0.75 + 1.0 + 1.5) / 1.5)
-    grid = tau_grid([mdp, np.array([0.0, 0.0, 0.0])], 4)
-    assert grid.tolist() == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert np.isfinite(max_ter(ter, mdp, grid)).all()  # defined everywhere on the common grid
-    flat = tau_grid([np.zeros(3)], 5)
-    assert aurc(max_ter(ter, np.zeros(3), flat), flat) == 4.0
+    worst = np.full(5, 9.0)
+    assert aurc(curve[1:], tau[1:], worst[1:]) == pytest.approx((0.75 + 1.0 + 1.5) / 1.5)
+    assert aurc(curve, tau, worst) == pytest.approx((2.5 + 0.75 + 1.0 + 1.5) / 2)  # no checkpoint at 0: the other's 9
+    assert tau_grid(40.0, 5.0, 5).tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
     stacked = max_ter(np.stack([ter, 2 * ter]), mdp, tau[1:])
-    assert aurc(stacked, tau[1:]).tolist() == pytest.approx([aurc(curve[1:], tau[1:]), 2 * aurc(curve[1:], tau[1:])])
+    one = aurc(curve[1:], tau[1:], worst[1:])
+    assert aurc(stacked, tau[1:], worst[1:]).tolist() == pytest.approx([one, 2 * one])
+    dear = max_ter(np.zeros(3), np.full(3, 50.0), tau)  # leaks nothing, at a price beyond the grid
+    assert aurc(dear, tau, worst) == 9.0
 
 
 def test_bootstrap_counts_distinct_values_like_sets_do():

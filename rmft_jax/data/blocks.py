@@ -27,13 +27,13 @@ class Corpus:
     ):
         """drop_near, drop_exact: leave out tokens flagged as near-duplicate documents or repeated substrings.
 
-        scope: occurrence | document | corpus, where spans of one identity share an id, and so a surrogate.
+        scope: what counts as one showing of a value. occurrence: each of its spans. document: all its spans in a document;
+        they share an id (and so a surrogate), and ranks and counts are those of documents. corpus: all spans share one id.
         """
-        names = ("tokens", "document", "component", "component_kind", "component_span", "component_index")
+        names = ("tokens", "document", "component", "component_kind", "component_span", "component_index", "component_value")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         spans: dict[str, list[np.ndarray]] = {name: [] for name in ("type", "identity", "rank", "id")}
         lost: list[np.ndarray] = []
-        values_of: list[np.ndarray] = []
         span_documents: list[np.ndarray] = []
         component_count = span_count = 0
         for record in records:
@@ -48,9 +48,9 @@ class Corpus:
             parts["component_kind"].append(record["component_kind"])
             parts["component_span"].append(record["component_span"].astype(np.int64) + 1 + span_count)
             parts["component_index"].append(record["component_index"])
+            parts["component_value"].append(record["component_value"])
             for name, values in spans.items():
                 values.append(record[f"span_{name}"])
-            values_of.append(_component_values(record))
             span_documents.append(np.full(len(record["span_rank"]), record["document"], np.int64))
             broken = np.zeros(len(record["span_rank"]), bool)
             if not keep.all():
@@ -69,13 +69,15 @@ class Corpus:
         self.component_kind = np.concatenate([slot0, flat["component_kind"]])
         self.component_span = np.concatenate([slot0, flat["component_span"]])
         self.component_index = np.concatenate([slot0, flat["component_index"]])
+        self.component_value = np.concatenate([slot0, flat["component_value"]])
         self.span = {name: np.concatenate([slot0, *values]) for name, values in spans.items()}
         span_document = np.concatenate([slot0 - 1, *span_documents])
+        if scope != "occurrence":
+            self.span["id"] = _shared_ids(self.span, span_document if scope == "document" else np.zeros_like(span_document))
+        if scope == "document":
+            self.span["rank"][1:] = _document_ranks(self.span["identity"][1:], span_document[1:])
         self.span["count"] = _counts(self.span)
-        self.span["id"] = _shared_ids(self.span, span_document, scope)
-        self.component_sharers = _sharers(
-            np.concatenate([slot0.astype(np.uint64), *values_of]), self.component_kind, self.component_span, self.span
-        )
+        self.component_sharers = _sharers(self.component_value, self.component_kind, self.component_span, self.span)
         self.span_broken = np.concatenate([np.ones(1, bool), *lost])
         self.component_first, self.component_last = _extent(self.component, component_count + 1)
         self.token_span = self.component_span[self.component]
@@ -93,6 +95,12 @@ class Blocks:
         end = np.minimum(self._begin + self.width, len(corpus.tokens))
         self._components = _overlapping(corpus.component_first, corpus.component_last, self._begin, end)
         self._spans = _overlapping(corpus.span_first, corpus.span_last, self._begin, end)
+        # all components of a span, so that what replaces its parts can be judged as a whole
+        of_span = [np.searchsorted(corpus.component_span, self._spans[side]) for side in (0, 1)]
+        some = self._spans[1] > self._spans[0]
+        low, high = self._components
+        low, high = np.where(some, np.minimum(low, of_span[0]), low), np.where(some, np.maximum(high, of_span[1]), high)
+        self._components = low, high
         # static shapes: the most that any block holds, in steps of 8, and slot 0
         self.max_components = _round_up(1 + int((self._components[1] - self._components[0]).max(initial=0)))
         self.max_spans = _round_up(1 + int((self._spans[1] - self._spans[0]).max(initial=0)))
@@ -128,6 +136,7 @@ class Blocks:
             "component_kind": fill(corpus.component_kind[c0:c1], self.max_components),
             "component_span": fill(component_span - s0 + 1, self.max_components),
             "component_index": fill(corpus.component_index[c0:c1], self.max_components),
+            "component_value": fill(corpus.component_value[c0:c1], self.max_components),
             "component_sharers": fill(corpus.component_sharers[c0:c1], self.max_components),
             "span_rank": span["rank"],
             "span_count": span["count"],
@@ -165,26 +174,10 @@ def _counts(span: dict[str, np.ndarray]) -> np.ndarray:
     return most[place]
 
 
-def _component_values(record: dict[str, np.ndarray]) -> np.ndarray:
-    """Return uint64 [components]: a hash of each component's tokens and their order."""
-    inside = np.flatnonzero(record["component"])
-    number = record["component"][inside].astype(np.int64) - 1
-    first = np.full(len(record["component_kind"]), len(record["component"]), np.int64)
-    np.minimum.at(first, number, inside)
-    # an odd multiplier for each place, then the finalizer of splitmix64, so that sums of tokens do not collide
-    multiplier = 2 * (inside - first[number]).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    mixed = (record["tokens"][inside].astype(np.uint64) + 1) * multiplier
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    out = np.zeros(len(first), np.uint64)
-    np.add.at(out, number, mixed ^ (mixed >> np.uint64(31)))
-    return out
-
-
 def _sharers(value: np.ndarray, kind: np.ndarray, span_of: np.ndarray, span: dict[str, np.ndarray]) -> np.ndarray:
     """Return int64 [components]: how many identities have a component of this kind and value; 0 for that component of each
     span which the fewest have (the first of several), and for literal text."""
-    group = np.unique(np.stack([kind.astype(np.uint64), value]), axis=1, return_inverse=True)[1].reshape(-1)
+    group = np.unique(np.stack([kind, value]), axis=1, return_inverse=True)[1].reshape(-1)
     pairs = np.unique(np.stack([group, span["identity"][span_of]]), axis=1)
     count = np.where(kind > 0, np.bincount(pairs[0], minlength=group.max() + 1)[group], np.iinfo(np.int64).max)
     order = np.lexsort((np.arange(len(count)), count, span_of))
@@ -193,13 +186,18 @@ def _sharers(value: np.ndarray, kind: np.ndarray, span_of: np.ndarray, span: dic
     return np.where(kind > 0, count, 0)
 
 
-def _shared_ids(span: dict[str, np.ndarray], document: np.ndarray, scope: str) -> np.ndarray:
-    """Return int64 [spans]: the id that draws depend on, that of the first span which must get the same surrogate."""
-    if scope == "occurrence":
-        return span["id"]
-    owner = np.stack([document if scope == "document" else np.zeros_like(document), span["identity"]])
-    _, first, group = np.unique(owner, axis=1, return_index=True, return_inverse=True)
+def _shared_ids(span: dict[str, np.ndarray], document: np.ndarray) -> np.ndarray:
+    """Return int64 [spans]: the id of the first span that has the same identity in the same document."""
+    _, first, group = np.unique(np.stack([document, span["identity"]]), axis=1, return_index=True, return_inverse=True)
     return span["id"][first[group.reshape(-1)]]
+
+
+def _document_ranks(identity: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """Return int64 [spans]: how many earlier documents hold the same identity."""
+    pairs, group = np.unique(np.stack([identity, document]), axis=1, return_inverse=True)
+    begin = np.flatnonzero(np.diff(pairs[0], prepend=-2))  # -1 is an identity too
+    rank = np.arange(pairs.shape[1]) - np.repeat(begin, np.diff(begin, append=pairs.shape[1]))
+    return rank[group.reshape(-1)]
 
 
 def _extent(owner: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from rmft_jax.config import Config, to_dict
+from rmft_jax.data.canaries import SPACE_BITS, identities_of, insert, make_canaries
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tagged_corpus import write_corpus
 from rmft_jax.data.tagging import FIELDS, Identities, tag
@@ -39,11 +40,17 @@ class Prepared:
     identity_hashes: tuple[str, ...]
     identity_counts: np.ndarray
     identity_key: bytes
+    canary_identities: np.ndarray
 
     @property
     def identities(self) -> int:
-        """Return the number of distinct PII values in the training documents."""
+        """Return the number of distinct PII values in the training documents, canaries included."""
         return len(self.identity_hashes)
+
+    @property
+    def is_canary(self) -> np.ndarray:
+        """Return bool [identities]: values that `prepare` has planted. They are nobody's and count in no rate."""
+        return np.isin(np.arange(self.identities), self.canary_identities)
 
 
 def prepare(config: Config) -> dict:
@@ -88,12 +95,15 @@ def load_prepared(config: Config) -> Prepared:
         identity_hashes=tuple(identities["hashes"].tolist()),
         identity_counts=identities["counts"],
         identity_key=bytes.fromhex((directory / "identity.key").read_text()),
+        canary_identities=identities.get("canaries", np.zeros(0, np.int64)),
     )
 
 
 def _prepare_into(directory: Path, config: Config) -> dict:
     say(f"prepare: reading {config.source.path or config.source.format}")
     documents = read_documents(config.source)
+    canaries = make_canaries(config.canary, config.source.seed)
+    documents.train = insert(documents.train, canaries, config.source.seed)
     ignore = frozenset(value.lower() for value in config.pii.ignore)
     find = lambda texts, what: [  # noqa: E731
         detect(text, config.pii.types, ignore) for text in track(texts, f"prepare: finding PII ({what})", len(texts))
@@ -101,6 +111,7 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     train_spans, heldout_spans = find(documents.train, "training"), find(documents.heldout, "held-out")
     identities = Identities.empty()
     numbering = [identities.add(spans) for spans in train_spans]
+    canary_identities = identities_of(canaries, identities)
 
     pairs = list(zip(documents.train, train_spans, strict=True))
     if config.tokenizer.path:
@@ -108,7 +119,7 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     else:
         say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
         tokenizer = Tokenizer.train(_text_outside_pii(pairs), config.tokenizer)
-    bank = build_bank(tokenizer.encode, _real_components(pairs), rows=config.masking.surrogates, seed=config.source.seed)
+    bank = build_bank(tokenizer.encode, _values(pairs), rows=config.masking.surrogates, seed=config.source.seed)
 
     train = list(tag(track(pairs, "prepare: tagging", len(pairs)), numbering, tokenizer))
     heldout_numbers = [identities.look_up(spans) for spans in heldout_spans]
@@ -130,7 +141,9 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     write_bytes(directory / "identity.key", key.hex().encode(), private=True)
     hashes = np.array([keyed_hash(value, key) for value in identities.index], "U16")
     write_arrays(
-        directory / "identities.npz", {"hashes": hashes, "counts": np.array(identities.counts, np.int64)}, private=True
+        directory / "identities.npz",
+        {"hashes": hashes, "counts": np.array(identities.counts, np.int64), "canaries": canary_identities},
+        private=True,
     )
     manifest = {
         "schema": SCHEMA,
@@ -138,13 +151,18 @@ def _prepare_into(directory: Path, config: Config) -> dict:
         "skipped_documents": documents.skipped,
         "train": _counts(train),
         "heldout": _counts(heldout),
-        "pii_identities": len(identities.counts),
+        "pii_identities": len(identities.counts) - len(canaries),
         "pii_repeating_pct": 100 * (1 - len(identities.counts) / max(1, identities.occurrences)),
         "pii_identities_repeating_pct": 100 * float(np.mean(np.array(identities.counts or [0]) > 1)),
         "duplicates": {
             "near_documents": sum(bool((record["duplicate"] == 1).all()) for record in train),
             "substring_tokens": substring_tokens,
             "removed_tokens": int(sum((record["duplicate"] > 0).sum() for record in train)),
+        },
+        "canaries": {
+            "count": len(canaries),
+            "documents": sum(canary.repetitions for canary in canaries),
+            "space_bits": SPACE_BITS,
         },
         "surrogates": {kind: int(count) for kind, count in enumerate(bank.counts)},
         "content_hash": _content_hash(train, heldout, tokenizer),
@@ -162,13 +180,14 @@ def _text_outside_pii(pairs: list[tuple[str, list[Span]]]):
         yield text[done:]
 
 
-def _real_components(pairs: list[tuple[str, list[Span]]]) -> dict[int, set[str]]:
-    real: dict[int, set[str]] = {}
+def _values(pairs: list[tuple[str, list[Span]]]) -> list[list[tuple[str, int]]]:
+    """Return the components of each PII value, (text in lower case, kind), as its first occurrence is cut."""
+    values: dict[str, list[tuple[str, int]]] = {}
     for text, spans in pairs:
         for span in spans:
-            for part in components(text, span):
-                real.setdefault(part.kind, set()).add(text[part.start : part.end].lower())
-    return real
+            if span.value not in values:
+                values[span.value] = [(text[p.start : p.end].lower(), p.kind) for p in components(text, span)]
+    return list(values.values())
 
 
 def _tokens_in_100_bytes(records: list[dict], tokenizer: Tokenizer) -> int:
@@ -215,7 +234,9 @@ def _content_hash(train: list[dict], heldout: list[dict], tokenizer: Tokenizer) 
 def _settings(config: Config) -> dict:
     tree = to_dict(config)
     dedup = {key: value for key, value in tree["dedup"].items() if key != "policy"}
-    return {name: tree[name] for name in _SECTIONS} | {"masking": {"surrogates": config.masking.surrogates}, "dedup": dedup}
+    canary = {key: tree["canary"][key] for key in ("count", "repetitions")} if config.canary.count else None
+    masking = {"surrogates": config.masking.surrogates}
+    return {name: tree[name] for name in _SECTIONS} | {"canary": canary, "masking": masking, "dedup": dedup}
 
 
 def _difference(old: dict, new: dict, prefix: str = "") -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rmft_jax.data.tokenizer import BOS, EOS, Tokenizer
 from rmft_jax.pii.spans import Span
-from rmft_jax.pii.types import components
+from rmft_jax.pii.types import component_value, components
 
 # The fields of one tagged document; the comment gives what their first axis counts.
 FIELDS = {
@@ -18,6 +18,7 @@ FIELDS = {
     "component_kind": np.int32,  # components
     "component_span": np.int32,  # components; index into the span fields
     "component_index": np.int32,  # components; position within the span
+    "component_value": np.int32,  # components; hash of the text in lower case
     "span_type": np.int32,  # spans
     "span_identity": np.int32,  # spans; -1 = a value that the training documents do not have
     "span_rank": np.int32,  # spans; occurrences of the same value before this one
@@ -68,6 +69,7 @@ def tag(
         kinds: list[int] = []
         span_of: list[int] = []
         index_in: list[int] = []
+        values: list[int] = []
         done = 0
         for number, span in enumerate(spans):
             parts.append(text[done : span.start])
@@ -76,6 +78,7 @@ def tag(
                 kinds.append(part.kind)
                 span_of.append(number)
                 index_in.append(index)
+                values.append(component_value(text[part.start : part.end]))
                 parts.append(text[part.start : part.end])
                 owner.append(len(kinds))
             done = span.end
@@ -89,6 +92,7 @@ def tag(
             "component_kind": kinds,
             "component_span": span_of,
             "component_index": index_in,
+            "component_value": values,
             "span_type": [span.type for span in spans],
             **numbers,
         }

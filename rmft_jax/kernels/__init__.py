@@ -2,6 +2,16 @@
 
 from rmft_jax.kernels.attention import attention, causal_mask, rotary
 from rmft_jax.kernels.cross_entropy import target_mask, token_nll
+from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
+from rmft_jax.kernels.exposure import exposure_by_rank
+from rmft_jax.kernels.extraction_scores import (
+    all_hit,
+    extraction_strength,
+    filtered_log_prob,
+    n_p_discoverable,
+    queries_needed,
+)
+from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
 from rmft_jax.kernels.masking import (
     PII,
     POLICIES,
@@ -11,16 +21,31 @@ from rmft_jax.kernels.masking import (
     Rule,
     Spans,
     TaggedBatch,
+    choose_surrogates,
     draw_surrogates,
+    is_real_value,
     mask_batch,
     replaced_components,
     replaced_spans,
+    span_values,
     uniform_below,
+)
+from rmft_jax.kernels.membership import (
+    loss_score,
+    min_k_plus_plus_score,
+    min_k_score,
+    reference_score,
+    vocabulary_statistics,
+    zlib_score,
 )
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "PII", "POLICIES", "SURROGATE", "TEXT", "MaskedBatch", "Rule", "Spans", "Spliced", "SurrogateBank", "TaggedBatch",
-    "attention", "causal_mask", "draw_surrogates", "mask_batch", "replaced_components", "replaced_spans", "rotary",
-    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below",
+    "GOLDFISH", "PII", "POLICIES", "SURROGATE", "TEXT", "MaskedBatch", "Rule", "Spans", "Spliced", "SurrogateBank",
+    "TaggedBatch", "all_hit", "attention", "average_weights", "causal_mask", "choose_surrogates", "draw_surrogates",
+    "early_learning_penalty", "exposure_by_rank", "extraction_strength", "filtered_log_prob", "goldfish_mask",
+    "is_real_value", "loss_score", "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable",
+    "queries_needed", "reference_score", "replaced_components", "replaced_spans", "rotary", "span_values", "splice",
+    "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "window_hash",
+    "zlib_score",
 ]  # fmt: skip

@@ -30,6 +30,8 @@ class TaggedBatch(NamedTuple):
     tokens, segment_ids, component: [B, W]; segment 0 = padding, documents count from 1 in each row.
     component_begin: [B, C], the row position of a component's first token; -1 = before this row.
     component_kind, component_span, component_index: [B, C]; the index counts within the span.
+    component_value: [B, C], a hash of the component's text in lower case. All components of a span are there, also those
+        without a token in this row.
     component_sharers: [B, C], how many identities of the corpus have this component (same kind, same value); 0 for that
         component of each span which the fewest share.
     span_rank: [B, S], 0 = the first occurrence of this value in the corpus. span_count: [B, S], all its occurrences.
@@ -46,6 +48,7 @@ class TaggedBatch(NamedTuple):
     component_kind: jax.Array
     component_span: jax.Array
     component_index: jax.Array
+    component_value: jax.Array
     component_sharers: jax.Array
     span_rank: jax.Array
     span_count: jax.Array
@@ -80,6 +83,8 @@ class Rule(NamedTuple):
     anchor: what stays of a replaced span. random: one component class, drawn uniformly (RMFT). none: nothing.
         shared: every component that at least `shared_by` identities have, but never the one that the fewest have.
     replacement: surrogate | placeholder (such as [EMAIL] for the whole span).
+    stock: where surrogates come from. invented: strings that the corpus' values do not have. recombined: the components of
+        other values of the corpus, where the kind allows it; a combination that is a real value gives way to invented ones.
     fresh: draw other surrogates each epoch; False = the same ones for the whole training.
     """
 
@@ -89,6 +94,7 @@ class Rule(NamedTuple):
     anchor: str = "random"
     shared_by: int = 10
     replacement: str = "surrogate"
+    stock: str = "invented"
     fresh: bool = True
 
 
@@ -119,6 +125,7 @@ POLICIES: dict[str, Callable[[Spans, Rule], jax.Array]] = {
 }
 ANCHORS = ("random", "none", "shared")
 REPLACEMENTS = ("surrogate", "placeholder")
+STOCKS = ("invented", "recombined")
 
 
 def uniform_below(bits: jax.Array, n: jax.Array) -> jax.Array:
@@ -141,15 +148,17 @@ def replaced_spans(key, row, rules: tuple[Rule, ...]) -> jax.Array:
     return _by_type(row.span_type, rules, lambda rule: POLICIES[rule.policy](spans, rule))
 
 
-def draw_surrogates(key, row, bank: SurrogateBank, *, fresh: bool = True) -> tuple[jax.Array, jax.Array]:
+def draw_surrogates(key, row, bank: SurrogateBank, *, fresh: bool = True, kind=None) -> tuple[jax.Array, jax.Array]:
     """Draw the anchor of each span and the bank row of each component in one row of a TaggedBatch.
 
     A draw depends on the key, the epoch (if `fresh`) and the span's id alone, so neither the mesh, nor the hosts, nor the
     batch, nor the place where a block was cut changes it: both halves of a span cut by a border get the same surrogate.
 
+    kind: int32 [C], the table to draw from for each component, its own unless said.
     Returns: anchor int32 [S], uniform over the anchor classes of the span's type; row int32 [C], uniform over the bank.
     """
     bank = SurrogateBank(*map(jnp.asarray, bank))
+    kind = row.component_kind if kind is None else kind
     key = jax.random.fold_in(key, row.epoch if fresh else 0)
     span_keys = jax.vmap(lambda id: jax.random.fold_in(key, id))(row.span_id)
     anchor_bits = jax.vmap(lambda k: jax.random.bits(k, dtype=jnp.uint32))(span_keys)
@@ -157,7 +166,7 @@ def draw_surrogates(key, row, bank: SurrogateBank, *, fresh: bool = True) -> tup
     entry_bits = jax.vmap(lambda k, i: jax.random.bits(jax.random.fold_in(k, i), dtype=jnp.uint32))(
         span_keys[row.component_span], row.component_index
     )
-    return anchor, uniform_below(entry_bits, bank.counts[row.component_kind])
+    return anchor, uniform_below(entry_bits, bank.counts[kind])
 
 
 def replaced_components(row, replaced, anchor, bank: SurrogateBank, rules: tuple[Rule, ...]) -> jax.Array:
@@ -181,6 +190,59 @@ def replaced_components(row, replaced, anchor, bank: SurrogateBank, rules: tuple
     return replaced[span] & (span > 0) & ~_by_type(type, rules, stays)
 
 
+def choose_surrogates(key, row, replaced, bank: SurrogateBank, rules: tuple[Rule, ...]):
+    """Return what stands for each component of the replaced spans (bool [S]) of one row of a TaggedBatch.
+
+    Returns: kind int32 [C] and entry int32 [C], the bank's table and the row in it; bool [C], which components are replaced.
+    """
+    kind, span = row.component_kind, row.component_span
+    type = row.span_type[span]
+
+    def draw(kind):
+        fresh = [rule.fresh for rule in rules]
+        return _by_type((row.span_type, type), fresh, lambda f: draw_surrogates(key, row, bank, fresh=f, kind=kind))
+
+    def has(field: str, value: str):
+        return _by_type(type, [getattr(rule, field) == value for rule in rules], lambda has: jnp.full_like(kind, has, bool))
+
+    anchor, entry = draw(kind)
+    replaced = replaced_components(row, replaced, anchor, bank, rules)
+    if any(rule.stock == "recombined" for rule in rules):
+        other_kind = bank.recombined[kind]
+        _, other = draw(other_kind)
+        value = jnp.where(replaced, bank.values[other_kind, other], row.component_value)
+        is_real = is_real_value(value, row.component_index, span, bank.real, spans=row.span_type.shape[0])
+        take = has("stock", "recombined") & ~is_real[span]
+        kind, entry = jnp.where(take, other_kind, kind), jnp.where(take, other, entry)
+    if any(rule.replacement == "placeholder" for rule in rules):
+        whole = has("replacement", "placeholder")
+        kind = jnp.where(whole, jnp.where(row.component_index == 0, bank.placeholder[type], bank.empty), kind)
+        entry = jnp.where(whole, 0, entry)
+    return kind, entry, replaced
+
+
+def is_real_value(value, index, span, real, *, spans: int) -> jax.Array:
+    """Return bool [S]: which spans consist of components that together make up a real value.
+
+    value, index, span: int32 [C], as in a TaggedBatch. real: uint32 [R], sorted, the `span_values` of all real values. These
+    are hashes of 32 bits: one in 2^32 / R other values is taken for real, a real one always is.
+    """
+    found = span_values(value, index, span, spans=spans)
+    at = jnp.minimum(jnp.searchsorted(real, found), real.shape[0] - 1)
+    return real[at] == found
+
+
+def span_values(value, index, span, *, spans: int) -> jax.Array:
+    """Return uint32 [S]: a hash of the components of each span and of their order, from their own hashes.
+
+    value, index, span: int32 [C], as in a TaggedBatch.
+    """
+    x = value.astype(jnp.uint32) ^ ((index.astype(jnp.uint32) + 1) * jnp.uint32(0x9E3779B9))
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jax.ops.segment_sum(x ^ (x >> 16), span, num_segments=spans)
+
+
 def mask_batch(
     batch: TaggedBatch, bank: SurrogateBank, key, *, length: int, rules: Rule | tuple[Rule, ...]
 ) -> MaskedBatch:
@@ -202,17 +264,8 @@ def mask_batch(
 
     def one(row: TaggedBatch) -> MaskedBatch:
         valid = row.segment_ids > 0
-        type = row.span_type[row.component_span]
         is_replaced_span = replaced_spans(key, row, rules)
-        anchor, entry = _by_type(
-            (row.span_type, type), [rule.fresh for rule in rules], lambda fresh: draw_surrogates(key, row, bank, fresh=fresh)
-        )
-        replaced = replaced_components(row, is_replaced_span, anchor, bank, rules)
-        kind = row.component_kind
-        if any(rule.replacement == "placeholder" for rule in rules):
-            whole = _by_type(type, rules, lambda rule: jnp.full_like(kind, rule.replacement == "placeholder", bool))
-            kind = jnp.where(whole, jnp.where(row.component_index == 0, bank.placeholder[type], bank.empty), kind)
-            entry = jnp.where(whole, 0, entry)
+        kind, entry, replaced = choose_surrogates(key, row, is_replaced_span, bank, rules)
         spliced = splice(
             row.tokens, valid, row.component, row.component_begin, kind, replaced, entry, bank, length=length
         )

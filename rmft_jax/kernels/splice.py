@@ -17,6 +17,9 @@ class SurrogateBank(NamedTuple):
     counts: int32 [kinds], rows in use.
     anchor_class: int32 [kinds], which anchor of its PII type a kind belongs to; -1 for literal text.
     anchors: int32 [types], number of anchor classes of each PII type; 0 = every component is replaced.
+    placeholder: int32 [types], the kind whose one row stands for a whole value. empty: int32 [], the kind of one empty row.
+    recombined: int32 [kinds], the kind that holds the corpus' own components of a kind; the kind itself where there is none.
+    values: int32 [kinds, rows], a hash of each row's text. real: uint32 [values of the corpus], sorted, their `span_values`.
     """
 
     tokens: jax.Array
@@ -24,6 +27,11 @@ class SurrogateBank(NamedTuple):
     counts: jax.Array
     anchor_class: jax.Array
     anchors: jax.Array
+    placeholder: jax.Array
+    empty: jax.Array
+    recombined: jax.Array
+    values: jax.Array
+    real: jax.Array
 
 
 class Spliced(NamedTuple):

@@ -28,6 +28,14 @@ DESCRIPTIONS = {
     "rmft": "randomized masking, first occurrence kept",
     "dedup": "deduplication",
     "rmft+dedup": "randomized masking and deduplication",
+    "goldfish": "goldfish loss, one token in k left out of it",
+    "pii_loss": "PII tokens weighted down in the loss",
+    "surrogate_loss": "surrogate tokens weighted down in the loss",
+    "elr": "early-learning regularization",
+    "weight_decay": "another weight decay",
+    "dropout": "dropout",
+    "early_stopping": "early stopping, best checkpoint kept",
+    "dp": "DP-SGD, each block's gradient clipped and noised",
 }
 
 
@@ -50,7 +58,7 @@ def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: s
     from a paired bootstrap over seeds, and within them over prompts (or held-out documents).
     """
     audits = [[_read_audit(run) for run in runs] for runs in seeds]
-    evaluations = [[read_evaluation(run)["checkpoints"] for run in runs] for runs in seeds]
+    evaluations = [[_handed_over(run, read_evaluation(run)["checkpoints"]) for run in runs] for runs in seeds]
     config = load_run_config(seeds[0][0], overrides)
     baseline = _check(seeds, audits, evaluations)
     settings = config.audit
@@ -60,7 +68,9 @@ def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: s
         np.mean([_mdp_by_checkpoint(*pair) for pair in zip(method, by_run(evaluations)[baseline], strict=True)], axis=0)
         for method in by_run(evaluations)
     ]
-    tau = tau_grid(mdps)
+    last = [scores[-1] for scores in by_run(evaluations)[baseline]]
+    usual = float(np.mean([paired_perplexities(scores, scores)[0].mean() for scores in last]))
+    tau = tau_grid(usual, settings.aurc_budget_pct)
     samples = [_Samples(of_seeds, chosen, config.seed) for of_seeds in by_run(audits)]
     first = audits[0][baseline]
     names = [audit["run"] for audit in audits[0]]
@@ -80,7 +90,7 @@ def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: s
             "aurc_grid": {"start": float(tau[0]), "stop": float(tau[-1]), "count": len(tau)},
         },
         "runs": {
-            name: mean_over_seeds([
+            name: mean_tree([
                 _describe_run(seeds[s][i], audits[s][i], _mdp_by_checkpoint(evaluations[s][i], evaluations[s][baseline]))
                 for s in range(len(seeds))
             ])
@@ -90,7 +100,12 @@ def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: s
             name: {
                 **_reductions(samples[i], samples[baseline], "all", settings.confidence),
                 **_cost(by_run(evaluations)[i], by_run(evaluations)[baseline], settings, chosen, config.seed),
-                **_frontier(samples[i], mdps[i], tau, settings.confidence),
+                **_frontier(samples[i], mdps[i], samples[baseline], tau, settings.confidence),
+                "differences": {
+                    other: _differences(samples[i], samples[j], [*first["prompts"], "all"], settings.confidence)
+                    for j, other in enumerate(names)
+                    if j != i
+                },
                 "prompts": {
                     prompts: _reductions(samples[i], samples[baseline], prompts, settings.confidence)
                     for prompts in first["prompts"]
@@ -101,15 +116,15 @@ def comparison(seeds: list[list[Path]], overrides: list[str] = (), *, command: s
     }  # fmt: skip
 
 
-def mean_over_seeds(values: list):
-    """Return the mean of equal trees of numbers, place by place; None where a seed has none. Text is that of the first."""
+def mean_tree(values: list):
+    """Return the mean of equal trees of numbers, place by place; None where one has none. Text is that of the first."""
     first = values[0]
     if isinstance(first, dict):
-        return {key: mean_over_seeds([value[key] for value in values]) for key in first}
+        return {key: mean_tree([value[key] for value in values]) for key in first}
     if any(value is None for value in values):
         return None
     if isinstance(first, list):
-        return [mean_over_seeds(list(items)) for items in zip(*values, strict=True)]
+        return [mean_tree(list(items)) for items in zip(*values, strict=True)]
     if isinstance(first, (str, bool)) or all(value == first for value in values):
         return first
     return float(np.mean(values))
@@ -130,16 +145,20 @@ class _Samples:
         self._audits = [_SeedSamples(audit, len(chosen), seed) for audit in audits]
         self._chosen = chosen
 
+        self._rates: dict[str, dict] = {}
+
     def rates(self, prompts: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return {"ter", "ser"}: float [C] and resampled float [R, C], for one prompt set or "all"."""
-        parts = [audit.rates(prompts) for audit in self._audits]
-        return {
-            rate: (
-                np.mean([part[rate][0] for part in parts], axis=0),
-                np.einsum("rs,src->rc", self._chosen, np.stack([part[rate][1] for part in parts])),
-            )
-            for rate in ("ter", "ser")
-        }
+        if prompts not in self._rates:
+            parts = [audit.rates(prompts) for audit in self._audits]
+            self._rates[prompts] = {
+                rate: (
+                    np.mean([part[rate][0] for part in parts], axis=0),
+                    np.einsum("rs,src->rc", self._chosen, np.stack([part[rate][1] for part in parts])),
+                )
+                for rate in ("ter", "ser")
+            }
+        return self._rates[prompts]
 
 
 class _SeedSamples:
@@ -187,6 +206,16 @@ def _reductions(method: _Samples, baseline: _Samples, prompts: str, confidence: 
     return out
 
 
+def _differences(method: _Samples, other: _Samples, sets: list[str], confidence: float) -> dict:
+    """TER of the method less that of the other, means over checkpoints, in percentage points, for each prompt set."""
+    out = {}
+    for prompts in sets:
+        (ours, our_draws), (theirs, their_draws) = (samples.rates(prompts)["ter"] for samples in (method, other))
+        interval = percentile_interval((our_draws - their_draws).mean(1), confidence)
+        out[prompts] = {"ter": float(np.mean(ours - theirs)), "ter_ci": interval}
+    return out
+
+
 def _cost(method: list[list[dict]], baseline: list[list[dict]], settings, chosen: np.ndarray, seed: int) -> dict:
     """Perplexity and MDP of the last checkpoint against the baseline's, resampled over seeds and held-out documents.
 
@@ -224,12 +253,13 @@ def _resampled_increase(ours: dict, theirs: dict, weights: np.ndarray, *, outsid
         return 100 * np.expm1(weights @ (nll - base) / (weights @ tokens))
 
 
-def _frontier(samples: _Samples, mdp: np.ndarray, tau: np.ndarray, confidence: float) -> dict:
+def _frontier(samples: _Samples, mdp: np.ndarray, baseline: _Samples, tau: np.ndarray, confidence: float) -> dict:
     """AURC with its interval, resampled over prompts; the resamples are scaled so that their median is the value itself,
     because a resample holds fewer different prompts and so brings out fewer different addresses."""
     point, resampled = samples.rates("all")["ter"]
     curve = max_ter(point, mdp, tau)
-    value, draws = aurc(curve, tau), aurc(max_ter(resampled, mdp, tau), tau)
+    otherwise, others = (max_ter(ter, np.zeros(ter.shape[-1]), tau) for ter in baseline.rates("all")["ter"])
+    value, draws = aurc(curve, tau, otherwise), aurc(max_ter(resampled, mdp, tau), tau, others)
     middle = np.median(draws)
     return {
         "aurc": _number(value),
@@ -247,18 +277,31 @@ def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
     about = read_json(run / "run.json", "run description", "train the run again")
     keys = ("step", "epoch", "perplexity", "perplexity_ci", "perplexity_pii", "perplexity_other")
     checkpoints = [
-        {**{key: entry[key] for key in keys}, "mdp": float(value), "prompts": entry["prompts"]}
+        {
+            **{key: entry[key] for key in keys},
+            "model_step": entry.get("model_step", entry["step"]),
+            "mdp": float(value),
+            "prompts": entry["prompts"],
+            "metrics": entry.get("metrics", {}),
+        }
         for entry, value in zip(audit["checkpoints"], mdp, strict=True)
     ]
     return {
         "method": audit["method"],
-        "description": DESCRIPTIONS.get(audit["method"], audit["method"]),
+        "description": _describe_method(audit["method"]),
         "parameters": about["parameters"],
         "steps": about["steps"],
         "epochs": about["epochs"],
         "training_tokens": about["training_tokens"],
+        "mean": mean_tree([entry["prompts"] for entry in checkpoints]),
         "checkpoints": checkpoints,
     }
+
+
+def _describe_method(method: str) -> str:
+    if method in DESCRIPTIONS:
+        return DESCRIPTIONS[method]
+    return "; ".join(DESCRIPTIONS.get(part, part) for part in method.split("+"))
 
 
 def _describe_data(manifest: dict, audit: dict) -> dict:
@@ -278,7 +321,25 @@ def _describe_data(manifest: dict, audit: dict) -> dict:
 def _read_audit(run: Path) -> dict:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run (no config.yaml in it): name a directory that `rmft train` wrote")
-    return read_json(run / "audit.json", "audit", "run `rmft audit` on this run first")
+    audit = read_json(run / "audit.json", "audit", "run `rmft audit` on this run first")
+    return audit | {"checkpoints": _handed_over(run, audit["checkpoints"])}
+
+
+def _handed_over(run: Path, entries: list[dict]) -> list[dict]:
+    """Return an entry for each checkpoint that a finished run was to have: its own, or what early stopping puts there.
+
+    Early stopping hands over the best checkpoint, so at every later time that is the model one has.
+    """
+    stop = read_evaluation(run).get("early_stopping")
+    about = read_json(run / "run.json", "run description", "train the run again")
+    if stop is None or not (stop["stopped"] or stop["step"] == about["checkpoint_steps"][-1]):
+        return entries
+    kept = [entry for entry in entries if entry["step"] <= stop["best_step"]]
+    if not kept or kept[-1]["step"] != stop["best_step"]:
+        raise UserError(f"{run} was audited before its best checkpoint, step {stop['best_step']}: audit it again")
+    epoch = about["epochs"] / about["steps"]
+    later = [step for step in about["checkpoint_steps"] if step > stop["best_step"]]
+    return kept + [kept[-1] | {"step": step, "epoch": step * epoch, "model_step": stop["best_step"]} for step in later]
 
 
 def _check(seeds: list[list[Path]], audits: list[list[dict]], evaluations: list[list[list[dict]]]) -> int:

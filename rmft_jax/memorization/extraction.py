@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -13,6 +14,7 @@ from rmft_jax.data.tokenizer import EOS, Tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.generation.greedy import make_greedy_decoder
+from rmft_jax.memorization.metrics import Subject, measure
 from rmft_jax.memorization.prompts import Prompts, build_prompts
 from rmft_jax.memorization.rates import (
     document_perplexities,
@@ -22,6 +24,8 @@ from rmft_jax.memorization.rates import (
     percentile_interval,
     resample,
 )
+from rmft_jax.memorization.samples import Samples
+from rmft_jax.memorization.scoring import Model
 from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.types import detect, keyed_hash
 from rmft_jax.progress import say, track
@@ -54,8 +58,9 @@ def audit(runs: list[Path], overrides: list[str] | None = None, *, reveal: bool 
             "run": config.run_name,
             "method": config.method,
             "content_hash": prepared.manifest["content_hash"],
-            "identities": prepared.identities,
+            "identities": int((~prepared.is_canary).sum()),
             "revealed": reveal,
+            "settings": dataclasses.asdict(config.audit),
             **attacked,
         }
         write_json(run / "audit.json", result)
@@ -104,20 +109,55 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
     decoder = make_greedy_decoder(
         config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=DTYPES[config.training.dtype]
     )
-    known = {digest: number for number, digest in enumerate(prepared.identity_hashes)}
+    planted = prepared.is_canary
+    known = {digest: number for number, digest in enumerate(prepared.identity_hashes) if not planted[number]}
+    ignore = {prepared.identity_hashes[number] for number in np.flatnonzero(planted)}
+    samples = Samples(config, prepared, load_reference(config, prepared))
     entries = []
     sizes = {name: len(rows.tokens) for name, rows in prompts.items()}
     say(f"audit {config.run_name}: {len(steps)} checkpoints, prompts " + ", ".join(f"{n} {k}" for n, k in sizes.items()))
     for step in track(steps, f"audit {config.run_name}", len(steps)):
         state = checkpoints.restore(step, target, items=("params", "progress"))
-        seen = np.asarray(state["seen"])
-        leaks = {}
+        seen = np.asarray(state["seen"]) & ~planted
+        values, leaks = {}, {}
         for name, rows in prompts.items():
             generated = _generate(decoder, state["params"], rows, config.audit.batch_size)
-            leaks[name] = _identify(rows, generated, config, prepared, known, reveal)
-        entries.append(_summarise(step, evaluation, leaks, seen, prepared.identities, config))
+            values[name] = _leaked_values(rows, generated, config, prepared.tokenizer)
+            leaks[name] = _identify(values[name], prepared.identity_key, known, ignore, reveal)
+        subject = Subject(
+            _model(config, prepared, state["params"]),
+            samples,
+            generated=values.get("discoverable", ()),
+            answers=prompts["discoverable"].answers if "discoverable" in prompts else (),
+            leaked=frozenset(r["identity"] for records in leaks.values() for r in records if r["identity"] is not None),
+        )
+        scores = _summarise(step, evaluation, leaks, seen, len(known), config)
+        entries.append(scores | {"metrics": measure(subject)})
     checkpoints.close()
     return {"prompts": sizes, "new_tokens": config.audit.new_tokens, "checkpoints": entries}
+
+
+def load_reference(config: Config, prepared: Prepared) -> Model | None:
+    """Load the model that `audit.reference` names, None without one. UserError if it is no run or has another tokenizer."""
+    if not config.audit.reference:
+        return None
+    path = Path(config.audit.reference)
+    checkpoints, step = Checkpoints.open(path)
+    other = load_run_config(path.parent.parent if path.name.isdigit() else path)
+    its_data = load_prepared(other)
+    if its_data.tokenizer.model != prepared.tokenizer.model:
+        raise UserError(
+            f"audit.reference {path} has another tokenizer than the data: prepare its data with tokenizer.path="
+            f"{prepared.directory / 'tokenizer.model'}, and train it again"
+        )
+    params = checkpoints.restore(step, _target(other, its_data), items=("params",))["params"]
+    checkpoints.close()
+    return _model(other, its_data, params)
+
+
+def _model(config: Config, prepared: Prepared, params: dict) -> Model:
+    dtype = DTYPES[config.training.dtype]
+    return Model(config.model, params, prepared.tokenizer.vocab_size, config.audit.batch_size, dtype)
 
 
 def _target(config: Config, prepared: Prepared) -> dict:
@@ -126,7 +166,7 @@ def _target(config: Config, prepared: Prepared) -> dict:
     params = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     tree = {
         "params": params,
-        "seen": jax.ShapeDtypeStruct((prepared.identities,), bool),
+        "seen": jax.ShapeDtypeStruct((max(1, prepared.identities),), bool),
         "step": jax.ShapeDtypeStruct((), np.int32),
     }
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -144,17 +184,27 @@ def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
     return np.concatenate(out)[:total]
 
 
-def _identify(prompts: Prompts, generated, config: Config, prepared: Prepared, known: dict, reveal: bool) -> list[dict]:
-    """Return a record for each value leaked by each prompt: prompt number, identity (null = not in the data), hash."""
-    tokenizer: Tokenizer = prepared.tokenizer
+def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
+    """Return the values that each prompt brought out."""
     ignore = frozenset(value.lower() for value in config.pii.ignore)
+    return [
+        find_leaks(tokenizer.decode(tokens[valid]), tokenizer.decode(new), config.pii.types, ignore)
+        for tokens, valid, new in zip(prompts.tokens, prompts.valid, generated, strict=True)
+    ]
+
+
+def _identify(values: list[list[str]], key: bytes, known: dict[str, int], ignore: set[str], reveal: bool) -> list[dict]:
+    """Return a record for each value leaked by each prompt: prompt number, identity (null = not in the data), hash.
+
+    ignore: hashes of values that count in no rate, those of canaries.
+    """
     found = []
-    for number, (tokens, valid, new) in enumerate(zip(prompts.tokens, prompts.valid, generated, strict=True)):
-        prompt, text = tokenizer.decode(tokens[valid]), tokenizer.decode(new)
-        for value in find_leaks(prompt, text, config.pii.types, ignore):
-            digest = keyed_hash(value, prepared.identity_key)
-            record = {"prompt": number, "identity": known.get(digest), "hash": digest}
-            found.append(record | ({"value": value} if reveal else {}))
+    for number, leaked in enumerate(values):
+        for value in leaked:
+            digest = keyed_hash(value, key)
+            if digest not in ignore:
+                record = {"prompt": number, "identity": known.get(digest), "hash": digest}
+                found.append(record | ({"value": value} if reveal else {}))
     return found
 
 

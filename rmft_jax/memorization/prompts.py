@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +15,21 @@ from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.progress import say
 
 _SHORTEST = 8  # tokens that a held-out prompt has at least
-_WEB_WORDS = 10
+_WORDS = 10  # of a web or general prompt
 _PER_IDENTITY = 2
+_NUMBERS = {"heldout": 0, "web": 1, "general": 3, "discoverable": 2}  # of each set's random stream, in order of their output
 
 
 class Prompts(NamedTuple):
-    """Prompts of one set, padded at the left: tokens int32 [N, P], valid bool [N, P]."""
+    """Prompts of one set, padded at the left: tokens int32 [N, P], valid bool [N, P].
+
+    answers: the normalised value that follows each prompt in the training text, for discoverable prompts; else empty. They
+    are personal data.
+    """
 
     tokens: np.ndarray
     valid: np.ndarray
+    answers: tuple[str, ...] = ()
 
 
 def build_prompts(config: Config, prepared: Prepared) -> dict[str, Prompts]:
@@ -30,30 +37,29 @@ def build_prompts(config: Config, prepared: Prepared) -> dict[str, Prompts]:
     their last tokens kept.
 
     heldout: up to a random place in a held-out document, never inside an address. web: 10 words in a row of web text.
+    general: the first 10 words of a document of general text (our choice: the paper does not define them further).
     discoverable: what stands before an occurrence of a training address, at most two occurrences an address.
     Source: RMFT, arXiv 2512.03310 (attack).
     """
     audit = config.audit
+    draw = {"heldout": _heldout, "web": _web, "general": _general, "discoverable": _discoverable}
+    paths = {"web": audit.web_path, "general": audit.general_path}
     out = {}
-    for number, name in enumerate(("heldout", "web", "discoverable")):
-        rng = np.random.default_rng([config.seed, number])
+    for name, number in _NUMBERS.items():
         if name not in audit.sets:
             continue
-        if name == "web":
-            if not audit.web_path:
-                say("audit: no web prompts (set audit.web_path to a file of text)")
-                continue
-            rows = _web(config, prepared.tokenizer, rng)
-        else:
-            rows = (_heldout if name == "heldout" else _discoverable)(config, prepared, rng)
+        if not paths.get(name, "data"):
+            say(f"audit: no {name} prompts (set audit.{name}_path to a file of text)")
+            continue
+        rows, answers = draw[name](config, prepared, np.random.default_rng([config.seed, number]))
         if rows:
-            out[name] = _pad_left(rows, audit.prompt_tokens)
+            out[name] = _pad_left(rows, audit.prompt_tokens)._replace(answers=tuple(answers))
         else:
             say(f"audit: the data give no {name} prompts")
     return out
 
 
-def _heldout(config: Config, prepared: Prepared, rng) -> list[np.ndarray]:
+def _heldout(config: Config, prepared: Prepared, rng) -> tuple[list[np.ndarray], list[str]]:
     records = list(read_corpus(prepared.directory, "heldout"))
     places = []
     for number, record in enumerate(records):
@@ -61,36 +67,61 @@ def _heldout(config: Config, prepared: Prepared, rng) -> list[np.ndarray]:
         ends = np.arange(_SHORTEST, len(span) - 1)
         outside = (span[ends] < 0) | (span[ends] != span[ends - 1])
         places.extend((number, int(end)) for end in ends[outside])
-    return [records[number]["tokens"][:end] for number, end in _sample(places, config.audit.prompts, rng)]
+    return [records[number]["tokens"][:end] for number, end in _sample(places, config.audit.prompts, rng)], []
 
 
-def _discoverable(config: Config, prepared: Prepared, rng) -> list[np.ndarray]:
+def _discoverable(config: Config, prepared: Prepared, rng) -> tuple[list[np.ndarray], list[str]]:
     records = list(read_corpus(prepared.directory, "train"))
-    by_identity: dict[int, list[tuple[int, int]]] = {}
+    planted = set(prepared.canary_identities.tolist())
+    by_identity: dict[int, list[tuple[int, int, int]]] = {}
     for number, record in enumerate(records):
-        span = _token_spans(record)
-        starts = [int(np.argmax(span == number_of)) for number_of in range(len(record["span_rank"]))]
-        for identity, start in zip(record["span_identity"].tolist(), starts, strict=True):
-            by_identity.setdefault(identity, []).append((number, start))
+        for identity, (start, end) in zip(record["span_identity"].tolist(), span_bounds(record), strict=True):
+            if identity not in planted:
+                by_identity.setdefault(identity, []).append((number, start, end))
     places = [place for found in by_identity.values() for place in _sample(found, _PER_IDENTITY, rng)]
-    return [records[number]["tokens"][:end] for number, end in _sample(places, config.audit.prompts, rng)]
+    chosen = _sample(places, config.audit.prompts, rng)
+    rows = [records[number]["tokens"][:start] for number, start, _ in chosen]
+    values = [prepared.tokenizer.decode(records[number]["tokens"][start:end]).lower() for number, start, end in chosen]
+    return rows, values
 
 
-def _web(config: Config, tokenizer: Tokenizer, rng) -> list[np.ndarray]:
-    audit = config.audit
-    if audit.web_path == "synthetic":
+def _web(config: Config, prepared: Prepared, rng) -> tuple[list[np.ndarray], list[str]]:
+    count = config.audit.prompts
+    texts = _words(config, config.audit.web_path, seed=config.seed)
+    places = []
+    for _ in range(count if texts else 0):
+        words = texts[rng.integers(len(texts))]
+        start = rng.integers(len(words) - _WORDS + 1)
+        places.append(words[start : start + _WORDS])
+    return _encode(places, prepared.tokenizer), []
+
+
+def _general(config: Config, prepared: Prepared, rng) -> tuple[list[np.ndarray], list[str]]:
+    texts = _words(config, config.audit.general_path, seed=config.seed + 1)  # other paragraphs than the web prompts
+    openings = list(dict.fromkeys(tuple(words[:_WORDS]) for words in texts))
+    return _encode(_sample(openings, config.audit.prompts, rng), prepared.tokenizer), []
+
+
+def _words(config: Config, path: str, seed: int) -> list[list[str]]:
+    """Return the words of each text that has enough for a prompt."""
+    if path == "synthetic":
         from rmft_jax.data.synthetic import synthetic_web
 
-        texts = list(synthetic_web(4 * audit.prompts, seed=config.seed))
+        texts = list(synthetic_web(4 * config.audit.prompts, seed=seed))
     else:
-        texts = read_texts(audit.web_path, text_field=audit.web_field, separator=config.source.separator)
-    long_enough = [words for text in texts if len(words := text.split()) >= _WEB_WORDS]
-    rows = []
-    for _ in range(audit.prompts if long_enough else 0):
-        words = long_enough[rng.integers(len(long_enough))]
-        start = rng.integers(len(words) - _WEB_WORDS + 1)
-        rows.append(np.array(tokenizer.encode([" ".join(words[start : start + _WEB_WORDS])])[0], np.int32))
-    return rows
+        texts = read_texts(path, text_field=config.audit.web_field, separator=config.source.separator)
+    return [words for text in texts if len(words := text.split()) >= _WORDS]
+
+
+def _encode(prompts: Sequence[Sequence[str]], tokenizer: Tokenizer) -> list[np.ndarray]:
+    return [np.array(ids, np.int32) for ids in tokenizer.encode([" ".join(words) for words in prompts])]
+
+
+def span_bounds(record: dict) -> list[tuple[int, int]]:
+    """Return the first token of each span of a tagged document and the one after its last."""
+    span = _token_spans(record)
+    places = [np.flatnonzero(span == number) for number in range(len(record["span_rank"]))]
+    return [(int(at[0]), int(at[-1]) + 1) if len(at) else (0, 0) for at in places]
 
 
 def _token_spans(record: dict) -> np.ndarray:

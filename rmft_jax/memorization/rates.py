@@ -71,23 +71,24 @@ def max_ter(ter: np.ndarray, mdp: np.ndarray, tau: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(value), value, np.nan)
 
 
-def aurc(maxter: np.ndarray, tau: np.ndarray) -> np.ndarray:
+def aurc(maxter: np.ndarray, tau: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
     """Return the area under MaxTER by the trapezoid rule, divided by the grid's width: float [...]; lower is better.
 
-    maxter: float [..., G]; tau: float [G], ascending. A grid of width 0 gives MaxTER there.
+    Where MaxTER is not defined, no checkpoint of the method is within the budget, and `otherwise` counts in its place: the
+    baseline's MaxTER, as its model is what one is left with. (The paper does not say; a method that costs more than any
+    tau of the grid would have no AURC, and one that leaks nothing because it learned nothing the best.)
+
+    maxter: float [..., G]; tau: float [G], ascending; otherwise: float [G] or [..., G].
     """
-    width = tau[-1] - tau[0]
-    return maxter[..., 0] if width == 0 else np.trapezoid(maxter, tau, axis=-1) / width
+    return np.trapezoid(np.where(np.isnan(maxter), otherwise, maxter), tau, axis=-1) / (tau[-1] - tau[0])
 
 
-def tau_grid(mdps: Sequence[np.ndarray], count: int = 101) -> np.ndarray:
-    """Return one grid for all methods: from the least tau at which every method's MaxTER is defined to the largest MDP.
+def tau_grid(baseline: float, budget_pct: float, count: int = 101) -> np.ndarray:
+    """Return the grid of tau for all methods: float [count], from 0 to `budget_pct` percent of the baseline's perplexity.
 
-    mdps: for each method, MDP by checkpoint.
+    baseline: mean perplexity of the held-out documents under the baseline's last checkpoint.
     """
-    low = max(float(np.min(mdp)) for mdp in mdps)
-    high = max(float(np.max(mdp)) for mdp in mdps)
-    return np.linspace(low, max(low, high), count)
+    return np.linspace(0.0, budget_pct / 100 * baseline, count)
 
 
 def reduction_pct(method: np.ndarray, baseline: np.ndarray) -> np.ndarray:

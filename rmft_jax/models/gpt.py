@@ -84,11 +84,14 @@ class Block(nnx.Module):
         self.mlp_norm = nnx.RMSNorm(config.width, rngs=rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTE, positions, attend):
-        """attend: (q, k, v) -> (attended, anything to hand on), the one thing in which training and decoding differ."""
+    def __call__(self, x_BTE, positions, attend, drop=lambda branch_BTE, number: branch_BTE):
+        """attend: (q, k, v) -> (attended, anything to hand on), the one thing in which training and decoding differ.
+
+        drop: what to do to the attention's branch (number 0) and the MLP's (1) before they are added.
+        """
         attended, kept = self.attention(self.attention_norm(x_BTE), positions, attend)
-        x_BTE = x_BTE + attended
-        return x_BTE + self.mlp(self.mlp_norm(x_BTE)), kept
+        x_BTE = x_BTE + drop(attended, 0)
+        return x_BTE + drop(self.mlp(self.mlp_norm(x_BTE)), 1), kept
 
 
 def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
@@ -136,10 +139,14 @@ def _normalise(x, scale):
     return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
 
 
-def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp.float32) -> jax.Array:
+def forward(
+    params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp.float32, dropout: float = 0.0, key=None
+) -> jax.Array:
     """Return logits [B, T, V] in `dtype` for rows of packed documents, none of which sees another.
 
     tokens, segment_ids: int32 [B, T], segment 0 = padding (its logits mean nothing).
+    dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
+      al. 2014); at 0 the program holds no draws and needs no key.
     """
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -148,11 +155,22 @@ def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp
     def attend(q, k, v):
         return attention(q, k, v, mask), None
 
-    def body(x, block):
-        return _run_block(config, block, x, positions, attend)
+    def body(x, block_and_key):
+        block, key = block_and_key
+        return _run_block(config, block, x, positions, attend, lambda branch, number: _drop(branch, dropout, key, number))
 
-    x, _ = jax.lax.scan(body, params["embed"][tokens], params["blocks"], unroll=_UNROLL)
+    keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
+    x = _drop(params["embed"][tokens], dropout, key, 1)
+    x, _ = jax.lax.scan(body, x, (params["blocks"], keys), unroll=_UNROLL)
     return _normalise(x, params["final_norm"]["scale"]) @ params["embed"].T
+
+
+def _drop(x, probability: float, key, number: int):
+    """Set elements to 0 with `probability` and scale up the others; the draws are those of `number` under `key`."""
+    if not probability:
+        return x
+    kept = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - probability, x.shape)
+    return jnp.where(kept, x / (1 - probability), 0).astype(x.dtype)
 
 
 def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: int, dtype=jnp.float32):

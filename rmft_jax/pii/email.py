@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rmft_jax.pii.spans import PiiType
 
 LOCAL, DOMAIN, TLD = "email_local", "email_domain", "email_tld"
+FIRST, LAST = "email_first", "email_last"  # of a local part of several words; LOCAL is a single one
 
 # The local part is bounded (64 characters, RFC 5321), so that a long run without an '@' costs linear time. Within the
 # RE2 subset: no look-around, no back-references.
@@ -29,11 +30,14 @@ def find(text: str) -> Iterator[tuple[int, int]]:
 
 
 def split(address: str) -> Iterator[tuple[int, int, str]]:
-    """Yield the parts of an address: each dot-separated piece of the local part, '@', the domain, '.', the TLD."""
+    """Yield the parts of an address: each dot-separated word of the local part, '@', the domain, '.', the TLD."""
     at = address.rindex("@")
     dot = address.index(".", at)
-    for match in re.finditer(r"[^.]+|\.+", address[:at]):
-        yield *match.span(), "" if match[0].startswith(".") else LOCAL
+    pieces = list(re.finditer(r"[^.]+|\.+", address[:at]))
+    words = [piece for piece in pieces if not piece[0].startswith(".")]
+    for piece in pieces:
+        kind = "" if piece[0].startswith(".") else LOCAL if len(words) == 1 else FIRST if piece is words[0] else LAST
+        yield *piece.span(), kind
     yield at, at + 1, ""
     yield at + 1, dot, DOMAIN
     yield dot, dot + 1, ""
@@ -53,10 +57,11 @@ def surrogates(kind: str) -> list[str]:
 
 EMAIL = PiiType(
     name="email",
-    kinds=(LOCAL, DOMAIN, TLD),
-    anchored=True,
+    kinds=(LOCAL, DOMAIN, TLD, FIRST, LAST),
     find=find,
     normalise=str.lower,
     split=split,
     surrogates=surrogates,
+    anchor_classes=(0, 1, 2, 0, 0),  # local part, domain, TLD
+    recombines=(LOCAL, FIRST, LAST),
 )

@@ -28,10 +28,10 @@ def mask_text(
     for number, (span, rank) in enumerate(zip(spans, ranks, strict=True)):
         type = TYPES[span.type]
         first_kind = 1 + sum(len(earlier.kinds) for earlier in TYPES[: span.type])
-        anchor = draw_anchor(number, len(type.kinds)) if type.anchored else -1
+        anchor = draw_anchor(number, type.anchors) if type.anchors else -1
         out.append(text[done : span.start])
         for index, component in enumerate(components(text, span)):
-            is_anchor = component.kind - first_kind == anchor
+            is_anchor = component.kind > 0 and anchor >= 0 and type.anchor_classes[component.kind - first_kind] == anchor
             if rank == 0 or component.kind == 0 or is_anchor:
                 out.append(text[component.start : component.end])
             else:

@@ -28,15 +28,28 @@ class Component(NamedTuple):
 class PiiType:
     """One type of personal data.
 
-    kinds: names of its replaceable components, in anchor order. anchored: one kind, drawn uniformly, stays as it is.
+    kinds: names of its replaceable components. anchor_classes: for each kind, which anchor it belongs to, from 0 on; () =
+    the type has no anchors, all of a value is replaced.
     find: text -> (start, end) of each occurrence. normalise: the value that two occurrences of one identity share.
     split: value -> (start, end, kind or "") covering it whole; "" = literal. surrogates: kind -> replacement strings.
+    recombines: kinds for which the components of other values may stand in. placeholder: what redaction writes.
     """
 
     name: str
     kinds: tuple[str, ...]
-    anchored: bool
     find: Callable[[str], Iterable[tuple[int, int]]]
     normalise: Callable[[str], str]
     split: Callable[[str], Iterable[tuple[int, int, str]]]
     surrogates: Callable[[str], list[str]]
+    anchor_classes: tuple[int, ...] = ()
+    recombines: tuple[str, ...] = ()
+
+    @property
+    def anchors(self) -> int:
+        """Return the number of anchor classes."""
+        return len(set(self.anchor_classes))
+
+    @property
+    def placeholder(self) -> str:
+        """Return what redaction writes in the place of a value, such as [EMAIL]."""
+        return f"[{self.name.upper()}]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
+import zlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -48,8 +49,8 @@ def components(text: str, span: Span) -> list[Component]:
 
 def anchor_tables() -> tuple[np.ndarray, np.ndarray]:
     """Return anchor_class int32 [kinds] and anchors int32 [types], as SurrogateBank holds them."""
-    classes = [-1] + [number for type in TYPES for number in range(len(type.kinds))]
-    anchors = [len(type.kinds) if type.anchored else 0 for type in TYPES]
+    classes = [-1] + [anchor for type in TYPES for anchor in type.anchor_classes or (-1,) * len(type.kinds)]
+    anchors = [type.anchors for type in TYPES]
     return np.array(classes, np.int32), np.array(anchors, np.int32)
 
 
@@ -61,3 +62,9 @@ def shape(value: str) -> str:
 def keyed_hash(value: str, key: bytes) -> str:
     """Return 16 hex digits of HMAC-SHA256: equal values meet, and without the key nobody can try out addresses."""
     return hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:16]
+
+
+def component_value(text: str) -> int:
+    """Return a hash of a component's text in lower case, as an int32: what two components of equal text share."""
+    value = zlib.crc32(text.lower().encode("utf-8", "surrogatepass"))
+    return value - 2**32 if value >= 2**31 else value

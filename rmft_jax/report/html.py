@@ -13,7 +13,7 @@ from rich.text import Text
 from rmft_jax.files import write_text
 from rmft_jax.report.plots import charts, style_classes
 from rmft_jax.report.verdict import verdict
-from rmft_jax.report.view import MISSING, View, lookup
+from rmft_jax.report.view import MISSING, View, lookup, show
 
 
 class Column(NamedTuple):
@@ -93,4 +93,19 @@ def text_table(results: dict) -> Table:
     for run in view.runs:
         cells = [_cell(view, summary_path(view, run, column)) for column in SUMMARY]
         table.add_row(Text(f"{run}\n  low\n  high"), *map(Text, cells))
+    return table
+
+
+def claims_table(results: dict) -> Table:
+    """Return the claims of a study, one row each."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for heading, justify in (("claim", "left"), ("expected", "right"), ("measured", "right"), ("interval", "right"),
+                             ("holds", "left")):
+        table.add_column(heading, justify=justify)
+    for claim in results["claims"]:
+        low, high = claim["interval"] or (None, None)
+        holds = ("yes" if claim["holds"] else "no") + ("" if claim["settled"] else ", not settled")
+        interval = f"[{show(low)}, {show(high)}]" if claim["interval"] else "-"
+        figures = [show(claim["expected"]), show(claim["measured"]), interval]
+        table.add_row(Text(claim["statement"]), *(figure.replace("−", "-") for figure in figures), holds)
     return table

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes, one line and confidence band per run, a tooltip on every point."""
+"""Charts as inline SVG: lines with confidence bands, or one point with its intervals per run; a tooltip on every point."""
 
 import json
 import math
@@ -198,6 +198,40 @@ def line_chart(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
 
 
+def _draw_mark(view: View, run: str, slot: int, x_path: tuple, y_path: tuple, x: Axis, y: Axis) -> Markup:
+    """Draw one run's point, the cross of its intervals, and its name."""
+    at, up = x(view.value(*x_path)), y(view.value(*y_path))
+    cross = Markup('<line class="cross" x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}"/>')
+    parts = [Markup('<g class="run {}">').format(style_classes(slot))]
+    clip = lambda value, axis: axis(min(max(value, axis.start), axis.stop))  # noqa: E731
+    if view.bounds(*x_path) != (None, None):
+        parts.append(cross.format(*(clip(end, x) for end in view.bounds(*x_path)), up, up))
+    if view.bounds(*y_path) != (None, None):
+        parts.append(cross.format(at, at, *(clip(end, y) for end in view.bounds(*y_path))))
+    title = f"{_tooltip(view, y_path, run, ' %')}, {_tooltip(view, x_path, 'perplexity', ' %')}"
+    point = Point(view.value(*x_path), view.value(*y_path), None, None, y_path, x_path, title)
+    parts.append(_draw_point(point, x, y, "point"))
+    anchor = "end" if at > (LEFT + RIGHT) / 2 else "start"
+    parts.append(Markup('<text class="mark" text-anchor="{}" x="{:.2f}" y="{:.2f}">{}</text>').format(
+        anchor, at + (-7 if anchor == "end" else 7), up - 7, run))
+    return Markup("\n").join(parts) + Markup("</g>")
+
+
+def pareto_chart(view: View, label: str) -> Markup:
+    """Return leak over cost as an inline SVG chart: mean TER against the increase of perplexity, a point per run."""
+    paths = {run: (("comparison", run, "perplexity_increase_pct"), ("runs", run, "mean", view.headline, "ter"))
+             for run in view.runs}
+    usable = [run for run in view.runs if all(is_number(view.value(*path)) for path in paths[run])]
+    x_values = [view.value(*paths[run][0]) for run in usable] or [0, 1]
+    y_values = [view.value(*paths[run][1]) for run in usable] or [0, 1]
+    x_at, y_at = linear_ticks(min(0, *x_values), max(0, *x_values)), linear_ticks(0, max(y_values))
+    x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP)
+    parts = [_draw_axes(x, x_at, y, y_at, "increase of perplexity, %")]
+    parts += [_draw_mark(view, run, view.runs.index(run), *paths[run], x, y) for run in usable]
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>').format(
+        WIDTH, HEIGHT, label, Markup("\n").join(parts))
+
+
 def _finite(value):
     return value if is_number(value) else None
 
@@ -257,4 +291,7 @@ def charts(view: View) -> list:
     lines, said = _maxter_lines(view), _aria(view, "MaxTER over tau")
     found.append(Chart("maxter", "MaxTER(τ), %", "worst leak within a perplexity budget τ",
                        line_chart(lines, said, "τ, largest allowed MDP", stepped=True)))
+    if any(is_number(view.value("runs", run, "mean", view.headline, "ter")) for run in view.runs):
+        said = f"Mean TER against the increase of perplexity, one point per run: {', '.join(view.runs)}."
+        found.append(Chart("pareto", "Leak against cost", "mean TER, %, lower left is better", pareto_chart(view, said)))
     return found

@@ -1,6 +1,7 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
-One directory a step, in three items: `params` (all that audits and new runs need), `optimizer`, and `progress`.
+One directory a step, in items: `params` (all that audits and new runs need), `optimizer`, `progress`, and `average` in runs
+that keep an average of the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rmft_jax.errors import UserError
 # orbax reports on itself at length; what matters of it reaches the user as an exception
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-ITEMS = {"params": ("params",), "optimizer": ("optimizer",), "progress": ("seen", "step")}
+ITEMS = {"params": ("params",), "optimizer": ("optimizer",), "progress": ("seen", "step"), "average": ("average",)}
 
 
 class Checkpoints:
@@ -61,15 +62,17 @@ class Checkpoints:
     def save(self, state: dict) -> None:
         """Save a train state in the background; the copy to host memory is done when this returns."""
         step = int(state["step"])
-        items = {item: {name: state[name] for name in names} for item, names in ITEMS.items()}
+        items = {item: {name: state[name] for name in names} for item, names in ITEMS.items() if names[0] in state}
         save = self._ocp.args.StandardSave
         self._manager.save(step, args=self._ocp.args.Composite(**{item: save(tree) for item, tree in items.items()}))
 
-    def restore(self, step: int, target: dict, items: Sequence[str] = tuple(ITEMS)) -> dict:
+    def restore(self, step: int, target: dict, items: Sequence[str] = ()) -> dict:
         """Restore a step onto `target`, a train state of arrays or ShapeDtypeStructs with shardings.
 
-        items: which to read; only those keys of the target are used. Raises UserError when shapes differ.
+        items: which to read, all that the target has unless said; only those keys of the target are used. Raises UserError
+        when shapes differ.
         """
+        items = items or [item for item, names in ITEMS.items() if names[0] in target]
         trees = {item: {name: target[name] for name in ITEMS[item]} for item in items}
         for item, tree in trees.items():
             self._check_shapes(step, item, tree)

@@ -35,6 +35,25 @@ def evaluate(eval_step: Callable, params: dict, blocks: Blocks, *, batch_size: i
     }
 
 
+def early_stopping(entries: list[dict], patience: int) -> dict | None:
+    """Return what early stopping says of a run's evaluations so far; None where it is off (patience 0) or there is none.
+
+    entries: one a checkpoint, in order, with step and perplexity. Returns: patience; step, of the newest checkpoint;
+    best_step, of the one with the lowest perplexity (the first of several); stopped: whether `patience` later ones were no
+    better.
+    """
+    if not patience or not entries:
+        return None
+    values = [np.inf if entry["perplexity"] is None else entry["perplexity"] for entry in entries]
+    best = int(np.argmin(values))
+    return {
+        "patience": patience,
+        "step": entries[-1]["step"],
+        "best_step": entries[best]["step"],
+        "stopped": len(entries) - 1 - best >= patience,
+    }
+
+
 def perplexity(nll: float, tokens: int) -> float | None:
     """Return exp(nll / tokens), None without tokens; capped where exp would overflow."""
     return float(np.exp(min(nll / tokens, 700.0))) if tokens else None

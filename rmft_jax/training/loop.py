@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import jax
-import yaml
+import jax.numpy as jnp
 
-from rmft_jax.config import Config, to_dict, to_yaml
+from rmft_jax.config import Config, load_config, to_dict, to_yaml
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import Prepared, load_prepared
@@ -21,14 +21,15 @@ from rmft_jax.files import read_json, write_json, write_text
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
-from rmft_jax.training.evaluation import evaluate
+from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.masking import masked_share
 from rmft_jax.training.mesh import batch_sharding, check_batch, make_mesh, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
 
 SCHEMA = 1
-_FREE = ("out", "data", "audit", "checkpoint", "mesh")  # sections that may change between a run and its resumption
+_FREE = ("out", "data", "audit", "checkpoint", "mesh", "study")  # sections that may change between a run and its resumption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,10 @@ def train(config: Config) -> Path:
     mesh = make_mesh(config.mesh)
     check_batch(config.training.batch_size, mesh)
     initial = _initial_params(config, prepared) if config.training.init_from else None
+    resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
     directory = config.run_dir
     _claim(directory, config)
+    config = resolved
 
     optimizer = make_optimizer(config.training, plan.steps)
     shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
@@ -62,8 +65,10 @@ def train(config: Config) -> Path:
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
     )
     done = checkpoints.steps()
-    if done and done[-1] >= plan.steps:
-        say(f"{directory}: already trained, {plan.steps} steps")
+    stopped = _stopped_at(directory, config)
+    if done and (done[-1] >= plan.steps or done[-1] == stopped):
+        early = f", stopped early out of {plan.steps}" if done[-1] < plan.steps else ""
+        say(f"{directory}: already trained, {done[-1]} steps{early}")
         checkpoints.close()
         return directory
     if done:
@@ -73,10 +78,12 @@ def train(config: Config) -> Path:
         state = jax.jit(make, out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
-    _say_plan(config, prepared, plan, mesh, state, blocks, done)
-    write_json(directory / "run.json", _describe(config, plan, state, blocks))
+            if "average" in state:
+                state["average"] = jax.tree.map(jnp.copy, state["params"])
+    _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done)
+    write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
     try:
-        _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, checkpoints, directory)
+        _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory)
     finally:
         checkpoints.close()
     return directory
@@ -101,7 +108,9 @@ def make_plan(config: Config, blocks: int) -> Plan:
     return Plan(steps, per_epoch, tuple(sorted({round(steps * (i + 1) / count) for i in range(count)})))
 
 
-def _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, checkpoints, directory) -> None:
+def _run(
+    config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory
+) -> None:
     """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
     step_fn = compile_train_step(config, optimizer, mesh, shapes)
     eval_step = compile_eval_step(config, mesh)
@@ -115,15 +124,22 @@ def _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout
     steps = range(begin + 1, plan.steps + 1)
     for step in track(steps, f"train {config.run_name}", plan.steps, done=begin, status=log.status):
         state, metrics = step_fn(state, put(next(source)), bank)
+        if accountant and step in plan.checkpoint_steps:
+            metrics |= {"epsilon": accountant.epsilon(step)}
         log.add(step, metrics)
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(
                 eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=sharding
             )
-            _add_evaluation(directory, plan, step, scores, int(metrics["seen"]))
+            stop = _add_evaluation(directory, plan, step, scores, int(metrics["seen"]), config.training.early_stopping)
             log.scores(step, scores)
+            if stop:
+                write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant, stop))
             checkpoints.save(state)
+            if stop and stop["stopped"]:
+                say(f"stopped at step {step} of {plan.steps}; held-out perplexity was best at step {stop['best_step']}")
+                break
         elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
             log.flush()
             checkpoints.save(state)
@@ -192,15 +208,32 @@ def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _add_evaluation(directory: Path, plan: Plan, step: int, scores: dict, seen: int) -> None:
+def _evaluations(directory: Path) -> list[dict]:
     path = directory / "evaluation.json"
-    earlier = read_json(path, "evaluation", "delete the run") if path.exists() else {"schema": SCHEMA, "checkpoints": []}
-    kept = [entry for entry in earlier["checkpoints"] if entry["step"] < step]
-    entry = {"step": step, "epoch": step / plan.steps_per_epoch, "seen_identities": seen, **scores}
-    write_json(path, {"schema": SCHEMA, "checkpoints": [*kept, entry]})
+    return read_json(path, "evaluation", "delete the run")["checkpoints"] if path.exists() else []
 
 
-def _describe(config: Config, plan: Plan, state: dict, blocks: Blocks) -> dict:
+def _add_evaluation(directory: Path, plan: Plan, step: int, scores: dict, seen: int, patience: int) -> dict | None:
+    """Add a checkpoint's scores to evaluation.json; return what it now says about early stopping."""
+    kept = [entry for entry in _evaluations(directory) if entry["step"] < step]
+    entries = [*kept, {"step": step, "epoch": step / plan.steps_per_epoch, "seen_identities": seen, **scores}]
+    stop = early_stopping(entries, patience)
+    more = {"early_stopping": stop} if stop else {}
+    write_json(directory / "evaluation.json", {"schema": SCHEMA, **more, "checkpoints": entries})
+    return stop
+
+
+def _stopped_at(directory: Path, config: Config) -> int | None:
+    """Return the step at which early stopping ended the run, None if it did not."""
+    entries = _evaluations(directory)
+    stop = early_stopping(entries, config.training.early_stopping)
+    return entries[-1]["step"] if stop and stop["stopped"] else None
+
+
+def _describe(
+    config: Config, plan: Plan, state: dict, blocks: Blocks, accountant: Accountant | None, stop: dict | None = None
+) -> dict:
+    taken = stop["step"] if stop and stop["stopped"] else plan.steps
     return {
         "schema": SCHEMA,
         "name": config.run_name,
@@ -210,6 +243,8 @@ def _describe(config: Config, plan: Plan, state: dict, blocks: Blocks) -> dict:
         "epochs": plan.steps / plan.steps_per_epoch,
         "training_tokens": len(blocks.corpus.tokens),
         "checkpoint_steps": list(plan.checkpoint_steps),
+        **({"early_stopping": stop} if stop else {}),
+        **({"privacy": accountant.describe(taken)} if accountant else {}),
     }
 
 
@@ -217,9 +252,9 @@ def _claim(directory: Path, config: Config) -> None:
     """Take the run's directory: new, or an earlier start of the same run."""
     path = directory / "config.yaml"
     if path.exists():
-        old, new = yaml.safe_load(path.read_text(encoding="utf-8")), to_dict(config)
+        old, new = to_dict(load_config(path)), to_dict(config)  # keys that the old file lacks have their defaults
         for section in new:
-            if section not in _FREE and old.get(section) != new[section]:
+            if section not in _FREE and old[section] != new[section]:
                 raise UserError(
                     f"{directory} holds a run with another {section}: choose another name=, or delete that directory"
                 )
@@ -239,7 +274,9 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
     return checkpoints.restore(step, {"params": target}, items=("params",))["params"]
 
 
-def _say_plan(config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, done: list[int]) -> None:
+def _say_plan(
+    config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, accountant, done: list[int]
+) -> None:
     training = config.training
     flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -255,5 +292,16 @@ def _say_plan(config: Config, prepared: Prepared, plan: Plan, mesh, state: dict,
         f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
+        + _privacy_line(accountant, plan)
         + (f"\n  going on from step {done[-1]}" if done else "")
+    )
+
+
+def _privacy_line(accountant: Accountant | None, plan: Plan) -> str:
+    if accountant is None:
+        return ""
+    about = accountant.describe(plan.steps)
+    return (
+        f"\n  DP-SGD: epsilon {about['epsilon']:.3g} at delta {about['delta']:.2g} after the last step, for {UNIT}; "
+        f"assumed: {about['sampling_means']}; noise multiplier {about['noise_multiplier']:.3g}, clip {about['clip_norm']:g}"
     )

@@ -10,34 +10,27 @@ import optax
 from jax.sharding import Mesh
 
 from rmft_jax.config import Config
-from rmft_jax.kernels import MaskedBatch, SurrogateBank, TaggedBatch, mask_batch, target_mask, token_nll
+from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask, token_nll
 from rmft_jax.models.gpt import forward, init_params
+from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, replicated, shardings_for
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+from rmft_jax.training.privacy import private_gradient
 
 
 def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
-    """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities]), step."""
+    """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step.
+
+    With early-learning regularization also average, the average of the weights so far.
+    """
     params = init_params(config.model, vocab_size, jax.random.key(config.seed, impl="threefry2x32"))
-    return {
+    state = {
         "params": params,
         "optimizer": optimizer.init(params),
-        "seen": jnp.zeros(identities, bool),
+        "seen": jnp.zeros(max(1, identities), bool),  # orbax saves no empty array
         "step": jnp.zeros((), jnp.int32),
     }
-
-
-def loss_fn(params: dict, config: Config, masked: MaskedBatch) -> tuple[jax.Array, jax.Array]:
-    """Return the mean loss over the targets of the whole batch, and their number."""
-    segments = masked.segment_ids
-    logits = forward(
-        params, config.model, masked.tokens[:, :-1], segments[:, :-1], dtype=DTYPES[config.training.dtype]
-    )
-    targets = target_mask(segments)
-    count = jnp.maximum(jnp.sum(targets), 1)
-    return jnp.sum(token_nll(logits, masked.tokens[:, 1:]) * targets) / count, count
+    return state | ({"average": jax.tree.map(jnp.copy, params)} if config.loss.elr_weight else {})
 
 
 def train_step(
@@ -54,7 +47,11 @@ def train_step(
         length=config.training.sequence_length + 1,
         rules=masking_rules(config),
     )
-    (loss, targets), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], config, masked)
+    key = dropout_key(config.seed, state["step"]) if config.training.dropout else None
+    if config.privacy.on:
+        gradients, scores = private_gradient(state["params"], config, masked, step=state["step"], key=key)
+    else:
+        gradients, scores = loss_and_gradient(state["params"], config, masked, average=state.get("average"), key=key)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
     identity = jnp.where(masked.shown, batch.span_identity, state["seen"].size)  # beyond the end: dropped
     new = {
@@ -63,9 +60,10 @@ def train_step(
         "seen": state["seen"].at[identity].set(True, mode="drop"),
         "step": state["step"] + 1,
     }
+    if "average" in state:
+        new["average"] = average_weights(state["average"], new["params"], state["step"], config.loss.elr_decay)
     metrics = {
-        "loss": loss,
-        "targets": targets,
+        **scores,
         "gradient_norm": optax.global_norm(gradients),
         "seen": jnp.sum(new["seen"]),
         "cut_tokens": jnp.sum(masked.cut),

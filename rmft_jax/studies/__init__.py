@@ -1,0 +1,20 @@
+"""One module for each paper reproduced. They build on the other rooms and hold no maths of their own.
+
+Adding one: a module here with `run(config, command=) -> dict`, and its line in STUDIES.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+from rmft_jax.config import Config
+from rmft_jax.errors import UserError
+
+STUDIES = {"rmft": "randomized masked fine-tuning against its rivals"}
+
+
+def run_study(name: str, config: Config, *, command: str) -> dict:
+    """Run one study by name and return its results. Raises UserError for an unknown name."""
+    if name not in STUDIES:
+        raise UserError(f"unknown study {name!r}: choose one of {', '.join(STUDIES)}")
+    return importlib.import_module(f"rmft_jax.studies.{name}").run(config, command=command)

@@ -1,0 +1,115 @@
+"""What was published about RMFT, and what is claimed for our method, against what a study measured.
+
+Source of the figures: RMFT, Joshi & Smith, arXiv 2512.03310: GPT-2 124M on Enron mail, means over 30 checkpoints.
+"""
+
+from __future__ import annotations
+
+ABSTRACT = "arXiv 2512.03310, abstract"
+LATER = "arXiv 2512.03310, later figures of the authors"
+OURS = "this project"
+
+
+def rmft_claims(results: dict) -> list[dict]:
+    """Return the claims that the methods at hand can settle: id, source, statement, expected, measured, interval, holds.
+
+    results: those of `memorization.compare.comparison`, with runs called rmft, dedup, ours. Every claim bounds a value. It
+    holds when the measured value keeps the bound; a published figure, or chance, already when the interval reaches it. It
+    is settled when the whole interval lies on one side of the bound. Without an interval nothing holds.
+    """
+    runs = results["runs"]
+    out: list[dict] = []
+    if "rmft" in runs:
+        out += _published_rmft(results)
+    if {"rmft", "dedup"} <= set(runs):
+        out += _published_dedup(results)
+    if "ours" in runs:
+        out += _ours(results)
+    return out + _canaries(results)
+
+
+def _published_rmft(results: dict) -> list[dict]:
+    rmft = results["comparison"]["rmft"]
+    return [
+        _claim(f"rmft-{rate}", ABSTRACT, f"RMFT lowers the mean {rate.upper()} over checkpoints by at least {published}%",
+               published, rmft[f"{rate}_reduction_pct"], rmft[f"{rate}_reduction_pct_ci"], at_least=published,
+               reached=True)
+        for rate, published in (("ter", 80.81), ("ser", 80.17))
+    ] + [
+        _claim("rmft-perplexity", ABSTRACT, "RMFT raises perplexity by at most 5.73%", 5.73,
+               rmft["perplexity_increase_pct"], rmft["perplexity_increase_pct_ci"], at_most=5.73, reached=True),
+    ]  # fmt: skip
+
+
+def _published_dedup(results: dict) -> list[dict]:
+    dedup, against = results["comparison"]["dedup"], results["comparison"]["rmft"]["differences"]["dedup"]
+    sets = (("heldout", "less", -0.0276), ("web", "more", 0.074), ("general", "more", 0.0418))
+    return [
+        _claim(f"rmft-dedup-{name}", LATER, f"RMFT leaks {word} than deduplication on {name} prompts (TER, points)",
+               published, against[name]["ter"], against[name]["ter_ci"],
+               **({"at_most": 0} if word == "less" else {"at_least": 0}))
+        for name, word, published in sets
+        if name in against
+    ] + [
+        _claim("dedup-perplexity", LATER, "deduplication raises perplexity (4.25 to 9.02: by 112%)", 112.2,
+               dedup["perplexity_increase_pct"], dedup["perplexity_increase_pct_ci"], at_least=0),
+    ]  # fmt: skip
+
+
+def _ours(results: dict) -> list[dict]:
+    ours = results["comparison"]["ours"]
+    rivals = [name for name in ("rmft", "dedup") if name in ours["differences"]]
+    out = []
+    for prompts in (name for name in results["settings"]["prompts"] if name != "all"):
+        for rival in rivals:
+            gap = ours["differences"][rival][prompts]
+            statement = f"ours leaks no more than {rival} on {prompts} prompts (TER, points)"
+            out.append(_claim(f"ours-{rival}-{prompts}", OURS, statement, 0, gap["ter"], gap["ter_ci"], at_most=0))
+    out += [
+        _claim("ours-perplexity", OURS, "ours raises perplexity by at most 5.73%", 5.73,
+               ours["perplexity_increase_pct"], ours["perplexity_increase_pct_ci"], at_most=5.73),
+        _claim("ours-perplexity-other", OURS, "ours raises perplexity outside PII by at most 1%", 1.0,
+               ours["perplexity_other_increase_pct"], ours["perplexity_other_increase_pct_ci"], at_most=1.0),
+    ]  # fmt: skip
+    others = {name: entry["aurc"] for name, entry in results["comparison"].items() if name != "ours"}
+    if ours["aurc"] is not None and None not in others.values():
+        best = min(others, key=others.get)
+        out.append(_claim("ours-aurc", OURS, f"ours has the lowest AURC (the lowest of the others is {best}'s)",
+                          others[best], ours["aurc"], ours["aurc_ci"], at_most=others[best]))  # fmt: skip
+    return out
+
+
+def _canaries(results: dict) -> list[dict]:
+    """Exposure of the planted canaries at the last checkpoint; the interval of a difference is the widest of its ends."""
+    out = []
+    exposure = lambda run: (results["runs"][run]["checkpoints"][-1].get("metrics") or {}).get("exposure")  # noqa: E731
+    baseline = results["settings"]["baseline"]
+    if exposure(baseline):
+        few, many = (exposure(baseline)["repetitions"][place] for place in (0, -1))
+        ends = [many["by_rank_ci"][0] - few["by_rank_ci"][1], many["by_rank_ci"][1] - few["by_rank_ci"][0]]
+        statement = f"exposure rises from {few['repetitions']} to {many['repetitions']} repetitions, {baseline} (bits)"
+        out.append(_claim("canary-baseline", OURS, statement, 0, many["by_rank"] - few["by_rank"], ends, at_least=0))
+    if "ours" in results["runs"] and exposure("ours"):
+        found = exposure("ours")
+        many = found["repetitions"][-1]
+        statement = f"exposure after {many['repetitions']} repetitions is at most that by chance, ours (bits)"
+        out.append(_claim("canary-ours", OURS, statement, found["chance"], many["by_rank"], many["by_rank_ci"],
+                          at_most=found["chance"], reached=True))  # fmt: skip
+    return out
+
+
+def _claim(
+    id: str, source: str, statement: str, expected: float, measured: float | None, interval: list | None, *,
+    at_least: float | None = None, at_most: float | None = None, reached: bool = False,
+) -> dict:  # fmt: skip
+    """Return one claim, that the measured value is at least, or at most, a bound."""
+    bound, sign = (at_least, 1) if at_least is not None else (at_most, -1)
+    holds = settled = False
+    if measured is not None and interval is not None:
+        worse, better = sorted(sign * end for end in interval)
+        holds = (better if reached else sign * measured) >= sign * bound
+        settled = worse >= sign * bound or better < sign * bound
+    return {
+        "id": id, "source": source, "statement": statement, "expected": expected, "measured": measured,
+        "interval": interval, "holds": holds, "settled": settled,
+    }  # fmt: skip
