@@ -345,9 +345,17 @@ class Config:
         return Path(self.out) / "runs" / self.run_name
 
 
+def _masked_by(config: Config) -> set[str]:
+    """Return what comes in the place of PII under the masking rules that replace any."""
+    rules = [rule for rule in (config.masking, *config.masking.types.values()) if rule.policy != "none"]
+    return {rule.stock if rule.replacement == "surrogate" else rule.replacement for rule in rules}
+
+
 # What each defence is called, and when it is switched on. Weight decay is one where it is not the usual one.
 METHODS: dict[str, typing.Callable[[Config], bool]] = {
-    "rmft": lambda config: config.masking.policy != "none",
+    "rmft": lambda config: "invented" in _masked_by(config),
+    "recombination": lambda config: "recombined" in _masked_by(config),
+    "redaction": lambda config: "placeholder" in _masked_by(config),
     "dedup": lambda config: config.dedup.policy != "none",
     "goldfish": lambda config: config.loss.goldfish != "none",
     "pii_loss": lambda config: config.loss.pii_weight != 1,

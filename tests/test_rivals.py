@@ -496,6 +496,9 @@ def test_a_run_is_named_after_what_is_switched_on():
     assert method("training.weight_decay=0.1", "training.dropout=0.1") == "weight_decay+dropout"
     assert method("training.early_stopping=3", "privacy.epsilon=2") == "early_stopping+dp"
     assert load_config(None, ["masking.policy=all", "loss.surrogate_weight=0"]).method == "rmft+surrogate_loss"
+    assert load_config(None, ["masking.policy=all", "masking.replacement=placeholder"]).method == "redaction"
+    assert load_config(None, ["masking.stock=recombined", "masking.types.email.stock=recombined"]).method == "recombination"
+    assert method("masking.types.email.policy=all") == "rmft"
 
 
 def test_every_method_is_described():

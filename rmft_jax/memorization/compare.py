@@ -25,7 +25,9 @@ from rmft_jax.memorization.rates import (
 SCHEMA = 1
 DESCRIPTIONS = {
     "none": "plain training",
-    "rmft": "randomized masking, first occurrence kept",
+    "rmft": "randomized masking",
+    "recombination": "masking with recombined parts of other values",
+    "redaction": "a placeholder for each value",
     "dedup": "deduplication",
     "rmft+dedup": "randomized masking and deduplication",
     "goldfish": "goldfish loss, one token in k left out of it",
