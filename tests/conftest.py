@@ -2,7 +2,12 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Eight devices on few cores: a collective waits long for the last of them when other work runs, and XLA would abort after
+# 40 seconds. For the same reason tests take one step at a time.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 import pytest  # noqa: E402
 

@@ -251,7 +251,7 @@ def test_without_a_rival_the_parameters_are_bit_for_bit_those_of_plain_training(
 
     for _ in range(5):
         batch = next(source)
-        state, _ = step(state, batch, prepared.bank)
+        state, _ = jax.block_until_ready(step(state, batch, prepared.bank))
         plain = plain_step(*plain, batch)
     assert same_tree(state["params"], plain[0]) and same_tree(state["optimizer"], plain[1])
 
@@ -270,7 +270,7 @@ def undefended(tiny, prepared):
     """Return the parameters after a few steps without a defence."""
     step, state, source, _ = start(small_config(tiny), prepared)
     for _ in range(12):
-        state, _ = step(state, next(source), prepared.bank)
+        state, _ = jax.block_until_ready(step(state, next(source), prepared.bank))
     return state["params"]
 
 
@@ -288,12 +288,12 @@ def test_each_rival_changes_training_compiles_once_and_goes_on_from_a_checkpoint
         batch = next(source)
         if number >= 9:
             rest.append(batch)
-        state, metrics = step(state, batch, prepared.bank)
+        state, metrics = jax.block_until_ready(step(state, batch, prepared.bank))
     assert step._cache_size() == 1 and np.isfinite(float(metrics["loss"]))
     assert not same_tree(state["params"], undefended)
     resumed = Checkpoints(tmp_path).restore(9, shapes)
     for batch in rest:
-        resumed, _ = step(resumed, batch, prepared.bank)
+        resumed, _ = jax.block_until_ready(step(resumed, batch, prepared.bank))
     assert set(resumed) == set(state) and same_tree(resumed, state)
     assert ("average" in state) == (name == "elr")
 

@@ -48,7 +48,7 @@ def test_the_step_takes_unmasked_arrays_and_compiles_once(tiny, prepared):
     for _ in range(50):
         batch = next(source)
         spans.add(int((batch.span_rank > 0).sum()))
-        state, metrics = step(state, jax.device_put(batch, sharding), bank)
+        state, metrics = jax.block_until_ready(step(state, jax.device_put(batch, sharding), bank))
     assert len(spans) > 5  # the number of spans kept changing
     assert step._cache_size() == 1
     assert int(state["step"]) == 50 and np.isfinite(float(metrics["loss"]))
@@ -70,7 +70,7 @@ def test_seen_is_what_was_shown_once_an_epoch(tiny, prepared):
     step, state, source, blocks, _ = start(config, prepared)
     bank = jax.device_put(prepared.bank)
     for _ in range(-(-len(blocks) // config.training.batch_size)):
-        state, _ = step(state, next(source), bank)
+        state, _ = jax.block_until_ready(step(state, next(source), bank))  # see conftest
     shown = np.zeros(prepared.identities, bool)
     for index in range(len(blocks)):
         row = blocks[index]
@@ -108,7 +108,7 @@ def test_loss_is_the_mean_over_targets_and_agrees_on_any_mesh(tiny, prepared):
         bank = prepared.bank
         losses[name] = []
         for _ in range(5):
-            state, metrics = step(state, next(source), bank)
+            state, metrics = jax.block_until_ready(step(state, next(source), bank))
             losses[name].append(float(metrics["loss"]))
     for name in losses:
         np.testing.assert_allclose(losses[name], losses["1"], rtol=1e-5, err_msg=name)
