@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pkgutil
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,12 +53,45 @@ class TokenizerConfig:
     path: str = ""
 
 
+# Built-in types of personal data, each a module of that name.
+PII_TYPES = tuple(sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "pii" / "types")])))
+
+
+@dataclass(frozen=True)
+class CustomPiiConfig:
+    """A type of personal data of the user's own: what a pattern matches, or the entries of a word list.
+
+    name: lower-case letters, digits and underscores. pattern: a regular expression as Python's `re` reads it.
+    words: a file with one word or phrase a line; found as whole words, in any case.
+    checksum: none | luhn | mod97 (ISO/IEC 7064), of letters and digits; a match without it is none.
+    """
+
+    name: str = ""
+    pattern: str = ""
+    words: str = ""
+    checksum: str = "none"
+
+
 @dataclass(frozen=True)
 class PiiConfig:
-    """What counts as personal data. ignore: normalised values that belong to nobody, such as no.address@enron.com."""
+    """What counts as personal data.
+
+    types: among PII_TYPES; `person` needs the extra [presidio]. custom: further types.
+    ignore: normalised values that belong to nobody, such as no.address@enron.com.
+    phone_region: the country that phone numbers without '+' belong to, two capital letters.
+    person_model: the spaCy model that finds names, installed, or a path.
+    """
 
     types: tuple[str, ...] = ("email",)
     ignore: tuple[str, ...] = ()
+    phone_region: str = "US"
+    person_model: str = "en_core_web_sm"
+    custom: tuple[CustomPiiConfig, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all types, in the order of their numbers."""
+        return (*self.types, *(custom.name for custom in self.custom))
 
 
 @dataclass(frozen=True)
@@ -446,7 +481,7 @@ _RULE_CHOICES = {
 }
 _RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
 _MEMBERS = {
-    "pii.types": ("email",),
+    "pii.types": PII_TYPES,
     "audit.sets": ("heldout", "web", "general", "discoverable"),
     "audit.metrics": AuditConfig.metrics,
     "study.budgets": ("epochs", "updates"),
@@ -499,6 +534,7 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"change one of them")  # fmt: skip
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
+    yield from _pii_rules(config)
     canary = config.canary
     if canary.count and (min(canary.repetitions, default=0) < 1 or len(set(canary.repetitions)) < len(canary.repetitions)):
         yield (f"canary.repetitions is {list(canary.repetitions)}: give different numbers, each 1 or more, or set "
@@ -523,6 +559,29 @@ def _rules(config: Config) -> typing.Iterator[str]:
         if training.batch_size % size:
             yield (f"training.batch_size {training.batch_size} is not divisible by the {size} devices of a mesh axis "
                    f"it is split over: change training.batch_size or mesh")  # fmt: skip
+
+
+def _pii_rules(config: Config) -> typing.Iterator[str]:
+    names = config.pii.names
+    for name in config.masking.types:
+        if name not in names:
+            yield f"masking.types.{name} is set, but pii has the types {', '.join(names)}: add it, or leave it out"
+    for number, custom in enumerate(config.pii.custom):
+        where = f"pii.custom.{number}"
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", custom.name):
+            yield f"{where}.name is {custom.name!r}: use lower-case letters, digits and underscores"
+        if custom.name in PII_TYPES:
+            yield f"{where}.name is {custom.name!r}, which is a built-in type: choose another one"
+        if bool(custom.pattern) == bool(custom.words):
+            yield f"{where} needs either a pattern or words, a file: give one of them"
+        if custom.checksum not in ("none", "luhn", "mod97"):
+            yield f"{where}.checksum is {custom.checksum!r}: choose one of none, luhn, mod97"
+        try:
+            re.compile(custom.pattern)
+        except re.error as error:
+            yield f"{where}.pattern {custom.pattern!r} is not a regular expression ({error}): mend it"
+    if not names or len(set(names)) < len(names):
+        yield f"pii has the types {', '.join(names) or 'none'}: name at least one, and each once"
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -610,6 +669,11 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
             values[key] = _build(types[key], value, f"{prefix}{key}.", where)
         elif typing.get_origin(types[key]) is dict:
             values[key] = _build_mapping(typing.get_args(types[key])[1], value, tree, f"{prefix}{key}.", where)
+        elif dataclasses.is_dataclass(item := next(iter(typing.get_args(types[key])), None)):
+            items = value or []
+            if not isinstance(items, (list, tuple)):
+                raise UserError(f"{prefix}{key} in {where} is {value!r}: it must be a list of sections")
+            values[key] = tuple(_build(item, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)

@@ -17,7 +17,8 @@ from rmft_jax.memorization.extraction import audit
 from rmft_jax.memorization.prompts import build_prompts
 from rmft_jax.memorization.samples import Samples
 from rmft_jax.memorization.scoring import Rows
-from rmft_jax.pii.types import detect, keyed_hash
+from rmft_jax.pii.detector import detect
+from rmft_jax.pii.values import keyed_hash
 from rmft_jax.training.loop import train
 
 SETTINGS = [

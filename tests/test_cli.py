@@ -10,7 +10,7 @@ import yaml
 
 from rmft_jax import cli
 from rmft_jax.data.sources import read_documents
-from rmft_jax.pii.types import detect
+from rmft_jax.pii.detector import detect
 
 SETTINGS = [
     "source.limit=150", "tokenizer.vocab_size=800", "model.layers=2", "model.width=48", "model.heads=2",

@@ -15,7 +15,7 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import target_mask
-from rmft_jax.pii.types import detect
+from rmft_jax.pii.detector import detect
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 
@@ -66,9 +66,7 @@ def test_no_surrogate_is_a_real_component(prepared, tiny):
     texts = read_documents(tiny().source).train
     real = {word for text in texts for span in detect(text) for word in span.value.partition("@")[0].split(".")}
     bank = prepared.bank
-    words = {
-        prepared.tokenizer.decode(bank.tokens[1, row, : bank.lengths[1, row]]) for row in range(int(bank.counts[1]))
-    }
+    words = {prepared.tokenizer.decode(bank.entry(1, row)) for row in range(int(bank.counts[1]))}
     assert len(words) > 300 and not words & real
 
 

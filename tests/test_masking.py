@@ -7,6 +7,7 @@ import pytest
 from documents import blocks_of, random_texts, tagged
 from scipy import stats
 
+from rmft_jax.config import PiiConfig
 from rmft_jax.data.blocks import as_batch
 from rmft_jax.data.tokenizer import BOS, EOS
 from rmft_jax.kernels import (
@@ -21,8 +22,9 @@ from rmft_jax.kernels import (
     splice_reference,
     uniform_below,
 )
+from rmft_jax.pii.detector import detect, detector
+from rmft_jax.pii.kinds import Kinds
 from rmft_jax.pii.reference import mask_text
-from rmft_jax.pii.types import detect
 from rmft_jax.training.masking import masking_key
 from rmft_jax.training.mesh import batch_sharding, make_mesh
 
@@ -46,10 +48,13 @@ def with_epoch(row, epoch):
 
 def test_splice_equals_its_reference_on_random_rows():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 5, (3, 40)).astype(np.int32)
-    tokens = np.where(np.arange(4) < lengths[..., None], rng.integers(1000, 2000, (3, 40, 4)), 0).astype(np.int32)
+    lengths = rng.integers(1, 5, 120).astype(np.int32)
+    tokens = rng.integers(1000, 2000, lengths.sum()).astype(np.int32)
     none = np.zeros(1, np.int32)
-    bank = SurrogateBank(tokens, lengths, np.array([0, 40, 40]), np.array([-1, 0, 1]), np.array([2]), *[none] * 5)
+    counts = np.array([40, 40, 40], np.int32)
+    begins = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int32)
+    first = np.array([0, 40, 80], np.int32)
+    bank = SurrogateBank(tokens, begins, lengths, none, first, counts, *[none] * 6)
     fast = jax.jit(splice, static_argnames="length")
     seen_lengths = set()
     for _ in range(300):
@@ -89,6 +94,8 @@ def test_device_tokens_equal_the_text_reference_on_a_thousand_documents(prepared
         use = (masked.source[i] < blocks.width) & ((masked.source[i] > 0) | (i == 0))  # the first token is context
         joined.extend(masked.tokens[i][use].tolist())
 
+    finder = detector(PiiConfig())
+    kinds = Kinds(finder.types)
     drawn = jax.jit(jax.vmap(lambda row: draw_surrogates(KEY, row, bank)))
     assert sum((row["component_begin"] < 0).sum() - 1 for row in rows) > 100  # components that a border cut
     expected, changed, deltas = [], 0, set()
@@ -105,10 +112,9 @@ def test_device_tokens_equal_the_text_reference_on_a_thousand_documents(prepared
         ids = numbers["span_id"]
 
         def word(span, index, kind, ids=ids):
-            entry = draws[ids[span], index][1]
-            return tokenizer.decode(bank.tokens[kind, entry, : bank.lengths[kind, entry]])
+            return tokenizer.decode(bank.entry(kinds.number(0, kind), draws[ids[span], index][1]))
 
-        parts = mask_text(text, found, numbers["span_rank"], lambda s, n, ids=ids: draws[ids[s], 0][0], word)
+        parts = mask_text(text, found, numbers["span_rank"], finder, lambda s, n, ids=ids: draws[ids[s], 0][0], word)
         changed += "".join(parts) != text
         deltas.add(np.sign(len("".join(parts)) - len(text)))
         expected += [BOS, *(token for part in tokenizer.encode(parts) for token in part), EOS]

@@ -4,16 +4,15 @@ import collections
 
 import numpy as np
 import pytest
-from documents import blocks_of, random_texts, tagged
+from documents import bank_of, blocks_of, random_texts, tagged
 from test_masking import mask
 
-from rmft_jax.config import load_config
+from rmft_jax.config import PiiConfig, load_config
 from rmft_jax.data.blocks import Blocks, Corpus
-from rmft_jax.data.prepare import _values
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SURROGATE, Rule
-from rmft_jax.pii.bank import build_bank
-from rmft_jax.pii.types import KINDS, detect
+from rmft_jax.pii.detector import detect, detector
+from rmft_jax.pii.kinds import Kinds
 from rmft_jax.training.masking import masking_rules
 
 
@@ -165,8 +164,7 @@ def test_recombined_surrogates_are_real_parts_and_never_a_real_value(prepared):
     spans, _, records = tagged(texts, prepared.tokenizer)
     real = {span.value for found in spans for span in found}
     parts = {part for value in real for part in value.split("@")[0].split(".")}
-    pairs = list(zip(texts, spans, strict=True))
-    bank = build_bank(prepared.tokenizer.encode, _values(pairs), rows=500, seed=0)
+    bank = bank_of(texts, spans, prepared.tokenizer)
     seen, invented = collections.Counter(), 0
     for stride in (20_000, 11):  # whole documents; and blocks that cut most addresses in two
         blocks = Blocks(Corpus(records), stride=stride)
@@ -186,10 +184,9 @@ def test_recombined_surrogates_are_real_parts_and_never_a_real_value(prepared):
 
 def test_recombined_parts_have_the_distribution_of_the_corpus(prepared):
     texts = [f"{first}.x{n}@alder.example.com" for n, first in enumerate(["ann"] * 30 + ["bob"] * 10)]
-    pairs = list(zip(texts, tagged(texts, prepared.tokenizer)[0], strict=True))
-    bank = build_bank(prepared.tokenizer.encode, _values(pairs), rows=500, seed=0)
-    kind = bank.recombined[KINDS.index("email_first")]
-    rows = [prepared.tokenizer.decode(bank.tokens[kind, row, : bank.lengths[kind, row]]) for row in range(bank.counts[kind])]
+    bank = bank_of(texts, tagged(texts, prepared.tokenizer)[0], prepared.tokenizer)
+    kind = bank.recombined[Kinds(detector(PiiConfig()).types).number(0, "first")]
+    rows = [prepared.tokenizer.decode(bank.entry(kind, row)) for row in range(bank.counts[kind])]
     assert collections.Counter(rows) == {"ann": 30, "bob": 10}
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
+from rmft_jax.config import PiiConfig
 from rmft_jax.memorization.extraction import find_leaks
 from rmft_jax.memorization.rates import (
     aurc,
@@ -18,6 +19,7 @@ from rmft_jax.memorization.rates import (
     resample,
     tau_grid,
 )
+from rmft_jax.pii.detector import detector
 
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (3, 7), (6, 15083), (1, 1)])
@@ -79,8 +81,8 @@ def test_percentile_interval_covers_and_refuses_empty_samples():
 
 
 def test_leaks_begin_in_the_generation_and_are_not_given_in_the_prompt():
-    none = frozenset()
-    assert find_leaks("to ann@x.com, ", "bob@y.org and ANN@x.com", ["email"], none) == ["bob@y.org"]
-    assert find_leaks("to bob.st", "one@y.org, cc", ["email"], none) == []  # its head was given
-    assert find_leaks("to ann@x.co", "m, bob@y.org, bob@y.org", ["email"], none) == ["bob@y.org"]
-    assert find_leaks("", "bob@y.org", ["email"], frozenset({"bob@y.org"})) == []
+    emails = detector(PiiConfig())
+    assert find_leaks("to ann@x.com, ", "bob@y.org and ANN@x.com", emails) == ["bob@y.org"]
+    assert find_leaks("to bob.st", "one@y.org, cc", emails) == []  # its head was given
+    assert find_leaks("to ann@x.co", "m, bob@y.org, bob@y.org", emails) == ["bob@y.org"]
+    assert find_leaks("", "bob@y.org", detector(PiiConfig(ignore=("bob@y.org",)))) == []

@@ -243,7 +243,8 @@ def test_similarity_by_hand(tiny, prepared):
 
 def test_k_eidetic_equals_a_recount(tiny, prepared):
     from rmft_jax.data.sources import read_documents
-    from rmft_jax.pii.types import detect, keyed_hash
+    from rmft_jax.pii.detector import detect
+    from rmft_jax.pii.values import keyed_hash
 
     holders = {}
     for number, text in enumerate(read_documents(tiny().source).train):

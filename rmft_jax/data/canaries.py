@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmft_jax.config import CanaryConfig
+from rmft_jax.config import CanaryConfig, PiiConfig
 from rmft_jax.data import synthetic_words
 from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.errors import UserError
-from rmft_jax.pii.types import detect
+from rmft_jax.pii.detector import detector
+from rmft_jax.pii.kinds import Kinds
 
 _DIGITS = 5  # in each of the two random parts
 SPACE_BITS = 2 * _DIGITS * math.log2(10)
@@ -89,10 +90,11 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarra
 
     texts: documents with one address each. Returns: (int32 [tokens], index of the address' first token) for each.
     """
-    spans = [detect(text, ["email"]) for text in texts]
+    finder = detector(PiiConfig())
+    spans = list(finder.detect_many(texts))
     numbers = {"span_identity": [0], "span_rank": [0], "span_id": [0]}
     out = []
-    for record in tag(zip(texts, spans, strict=True), [numbers] * len(texts), tokenizer):
+    for record in tag(zip(texts, spans, strict=True), [numbers] * len(texts), tokenizer, finder, Kinds(finder.types)):
         inside = np.flatnonzero(record["component"])
         out.append((record["tokens"][: inside[-1] + 1], int(inside[0])))
     return out

@@ -210,7 +210,7 @@ def choose_surrogates(key, row, replaced, bank: SurrogateBank, rules: tuple[Rule
     if any(rule.stock == "recombined" for rule in rules):
         other_kind = bank.recombined[kind]
         _, other = draw(other_kind)
-        value = jnp.where(replaced, bank.values[other_kind, other], row.component_value)
+        value = jnp.where(replaced, bank.values[bank.first[other_kind] + other], row.component_value)
         is_real = is_real_value(value, row.component_index, span, bank.real, spans=row.span_type.shape[0])
         take = has("stock", "recombined") & ~is_real[span]
         kind, entry = jnp.where(take, other_kind, kind), jnp.where(take, other, entry)

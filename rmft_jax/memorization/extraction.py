@@ -27,7 +27,8 @@ from rmft_jax.memorization.rates import (
 from rmft_jax.memorization.samples import Samples
 from rmft_jax.memorization.scoring import Model
 from rmft_jax.models.gpt import init_params
-from rmft_jax.pii.types import detect, keyed_hash
+from rmft_jax.pii.detector import Detector, detector
+from rmft_jax.pii.values import keyed_hash
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.step import DTYPES
@@ -83,15 +84,15 @@ def read_evaluation(run: Path) -> dict:
     return read_json(run / "evaluation.json", "evaluation", "finish `rmft train` for this run first")
 
 
-def find_leaks(prompt: str, generated: str, types, ignore: frozenset[str]) -> list[str]:
+def find_leaks(prompt: str, generated: str, detector: Detector) -> list[str]:
     """Return the PII values that begin in the generated text and do not stand in the prompt, each once, in order.
 
     Prompt and generation are searched as one text, so that the tail of a value begun in the prompt is not taken for a
     value of its own.
     """
-    spans = detect(prompt + generated, types, ignore)
+    spans = detector.detect(prompt + generated)
     given = {span.value for span in spans if span.start < len(prompt)} | {
-        span.value for span in detect(prompt, types, ignore)
+        span.value for span in detector.detect(prompt)
     }
     return list(dict.fromkeys(span.value for span in spans if span.start >= len(prompt) and span.value not in given))
 
@@ -186,9 +187,8 @@ def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
 
 def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
     """Return the values that each prompt brought out."""
-    ignore = frozenset(value.lower() for value in config.pii.ignore)
     return [
-        find_leaks(tokenizer.decode(tokens[valid]), tokenizer.decode(new), config.pii.types, ignore)
+        find_leaks(tokenizer.decode(tokens[valid]), tokenizer.decode(new), detector(config.pii))
         for tokens, valid, new in zip(prompts.tokens, prompts.valid, generated, strict=True)
     ]
 

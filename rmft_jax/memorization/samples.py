@@ -15,7 +15,6 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.memorization.prompts import span_bounds
 from rmft_jax.memorization.scoring import Model, Rows, make_rows
-from rmft_jax.pii.types import TYPES
 
 _WINDOW = 50  # tokens of prefix, and of suffix (Carlini et al. 2022)
 
@@ -100,7 +99,9 @@ class Samples:
         A made-up address has surrogates in the place of all components but the TLD, so it has the same form. The rows count
         the address. None: the training documents have none.
         """
-        rng, email = self._rng(12), [type.name for type in TYPES].index("email")
+        if "email" not in self.config.pii.types:
+            return None
+        rng, email = self._rng(12), self.config.pii.names.index("email")
         places: dict[int, list[tuple[int, int]]] = {}
         for number, record in enumerate(self.train):
             for span in np.flatnonzero(record["span_type"] == email):
@@ -154,5 +155,5 @@ def _made_up(record: dict, begin: int, end: int, bank: SurrogateBank, rng) -> np
             parts.append(record["tokens"][begin:end][component == number])
         else:
             row = rng.integers(bank.counts[kind])
-            parts.append(bank.tokens[kind, row, : bank.lengths[kind, row]])
+            parts.append(bank.entry(kind, row))
     return np.concatenate(parts).astype(np.int32)

@@ -9,67 +9,80 @@ import numpy as np
 
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SurrogateBank, span_values
-from rmft_jax.pii.types import KINDS, TYPES, anchor_tables, component_value
+from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.spans import PiiType
+from rmft_jax.pii.values import component_value
 
-MAX_PIECES = 4  # tokens of an invented surrogate at most, which keeps it from crowding text out of its block
-_MAX_REAL_PIECES = 8  # names are cut into more tokens than words
+_PIECES = 4  # tokens of an invented part of a value at most, which keeps it from crowding text out of its block
+_REAL_PIECES = 8  # names are cut into more tokens than words
+_WHOLE_PIECES = 64  # a whole value has the form of what it stands for, and so about its length
+_FEW = 1000  # a stock of fewer strings is a closed set, such as top-level domains
+
+Encode = Callable[[list[str]], list[list[int]]]
 
 
 def build_bank(
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Encode,
     values: Iterable[Sequence[tuple[str, int]]],
+    types: Sequence[PiiType],
+    kinds: Kinds,
     *,
     rows: int,
     seed: int,
 ) -> SurrogateBank:
     """Tokenise the surrogates of every kind.
 
-    Three sorts of tables. Invented: the stock of a kind without the components that the corpus has, so that no combination
-    of surrogates and an anchor is a real value, except where a kind's whole stock is real (the common TLDs). Recombined:
-    those components themselves, each once for every value that has it, so that surrogates have the corpus' own distribution.
-    Placeholders: one row a type, and an empty one.
+    Three sorts of tables. Invented: the stock of a kind without what the corpus has, so that no combination of surrogates
+    and an anchor is a real value, except where a kind's whole stock is real (the common TLDs). Recombined: the corpus' own
+    components, each once for every value that has it, so that surrogates have the corpus' own distribution. Placeholders:
+    one row a type, and an empty one.
 
     Args:
       encode: strings -> token ids, each string as it is encoded in the middle of a line.
-      values: the components of each PII value of the corpus in order, (text in lower case, kind), literal text as kind 0.
+      values: the components of each PII value of the corpus in order, (text as written, kind), literal text as kind 0.
+      types: the PII types; kinds: the kinds that the corpus has.
       rows: surrogates of each kind at most; seed: which ones.
 
     Returns: a SurrogateBank of numpy arrays.
+
+    Raises UserError when no surrogate of a kind is left.
     """
     values = [list(parts) for parts in values]
     real: dict[int, list[str]] = {}
     for parts in values:
         for text, kind in parts:
             real.setdefault(kind, []).append(text)
-    tables = [_Table([""], [[0]])]
-    anchor_class, anchors = anchor_tables()
-    for type in TYPES:
-        for kind in type.kinds:
-            stock = type.surrogates(kind)
-            like = [k for k in map(KINDS.index, type.kinds) if anchor_class[k] == anchor_class[KINDS.index(kind)]]
-            fresh = sorted(set(stock).difference(*(real.get(k, ()) for k in like)))
-            table = _table(fresh if len(fresh) >= min(1000, len(stock)) else stock, encode, MAX_PIECES, rows, seed)
-            if not table.entries:
-                raise UserError(
-                    f"no surrogate of kind {kind} has {MAX_PIECES} tokens or fewer: raise tokenizer.vocab_size"
-                )
-            tables.append(table)
+    tables = [_Table([""], [[]])]
+    for number, (type, kind) in enumerate(kinds.names, 1):
+        tables.append(_invented(encode, types[type], kind, _reals_like(number, kinds, types, real), rows, seed))
     recombined = list(range(len(tables)))
-    for type in TYPES:
-        for kind in map(KINDS.index, type.recombines):
-            table = _table(sorted(real.get(kind, ())), encode, _MAX_REAL_PIECES, rows, seed)
+    for number, (type, kind) in enumerate(kinds.names, 1):
+        if kind in types[type].recombines:
+            stock = sorted(text.lower() for text in real.get(number, ()))
+            table = _table(stock, encode, _REAL_PIECES, rows, seed)
             if table.entries:
-                recombined[kind] = len(tables)
+                recombined[number] = len(tables)
                 tables.append(table)
-    placeholder = len(tables) + np.arange(len(TYPES), dtype=np.int32)
-    tables += [_Table([type.placeholder], encode([type.placeholder])) for type in TYPES]
+    placeholder = len(tables) + np.arange(len(types), dtype=np.int32)
+    tables += [_Table([type.placeholder], encode([type.placeholder])) for type in types]
     tables.append(_Table([""], [[]]))
-    return _stack(tables)._replace(
-        anchor_class=np.pad(anchor_class, (0, len(tables) - len(anchor_class)), constant_values=-1),
-        anchors=anchors,
+    classes = [-1, *(types[type].anchor_classes.get(kind, -1) for type, kind in kinds.names)]
+    texts = [text for table in tables for text in table.texts]
+    entries = [ids for table in tables for ids in table.entries]
+    counts = np.array([len(table.entries) for table in tables], np.int32)
+    lengths = np.array([len(ids) for ids in entries], np.int32)
+    return SurrogateBank(
+        tokens=np.array([id for ids in entries for id in ids], np.int32),
+        begins=(np.cumsum(lengths) - lengths).astype(np.int32),
+        lengths=lengths,
+        first=(np.cumsum(counts) - counts).astype(np.int32),
+        counts=counts,
+        anchor_class=np.pad(np.array(classes, np.int32), (0, len(tables) - len(classes)), constant_values=-1),
+        anchors=np.array([type.anchors for type in types], np.int32),
         placeholder=placeholder,
         empty=np.int32(len(tables) - 1),
         recombined=np.array([*recombined, *range(len(recombined), len(tables))], np.int32),
+        values=np.array([component_value(text) for text in texts], np.int32),
         real=_real(values),
     )
 
@@ -81,26 +94,44 @@ class _Table:
         self.texts, self.entries = texts, entries
 
 
-def _table(stock: Iterable[str], encode: Callable, pieces: int, rows: int, seed: int) -> _Table:
+def _reals_like(number: int, kinds: Kinds, types: Sequence[PiiType], real: dict[int, list[str]]) -> set[str]:
+    """Return what surrogates of a kind must not be: components of its anchor class, or any whole value."""
+    type, kind = kinds.names[number - 1]
+    classes = types[type].anchor_classes
+    alike = [
+        other
+        for other, (its_type, its_kind) in enumerate(kinds.names, 1)
+        if its_type == type and (types[type].split is None or classes.get(its_kind, its_kind) == classes.get(kind, kind))
+    ]
+    key = _key(types[type])
+    return {key(text) for other in alike for text in real.get(other, ())}
+
+
+def _key(type: PiiType) -> Callable[[str], str]:
+    return str.lower if type.split else type.normalise
+
+
+def _invented(encode: Encode, type: PiiType, kind: str, real: set[str], rows: int, seed: int) -> _Table:
+    stock, key = sorted(type.surrogates(kind)), _key(type)
+    fresh = [text for text in stock if key(text) not in real]
+    if type.split and len(stock) < _FEW:
+        fresh = stock
+    elif type.split and len(fresh) < _FEW:  # nearly every word is somebody's: two in one are nobody's
+        rng = random.Random(seed)
+        fresh = sorted({text for _ in range(5 * rows) if (text := "".join(rng.choices(stock, k=2))) not in real})
+    table = _table(fresh, encode, _PIECES if type.split else _WHOLE_PIECES, rows, seed)
+    if not table.entries:
+        raise UserError(
+            f"no surrogate of {type.name} ({kind}) is left that the corpus does not have: widen its pattern, or leave it out"
+        )
+    return table
+
+
+def _table(stock: Iterable[str], encode: Encode, pieces: int, rows: int, seed: int) -> _Table:
     stock = list(stock)
     random.Random(seed).shuffle(stock)
     pairs = [(text, ids) for text, ids in zip(stock, encode(stock), strict=True) if len(ids) <= pieces][:rows]
     return _Table([text for text, _ in pairs], [ids for _, ids in pairs])
-
-
-def _stack(tables: Sequence[_Table]) -> SurrogateBank:
-    shape = len(tables), max(len(table.entries) for table in tables)
-    width = max(len(ids) for table in tables for ids in table.entries)
-    tokens, lengths, values = np.zeros((*shape, width), np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    for kind, table in enumerate(tables):
-        for row, (text, ids) in enumerate(zip(table.texts, table.entries, strict=True)):
-            tokens[kind, row, : len(ids)] = ids
-            lengths[kind, row] = len(ids)
-            values[kind, row] = component_value(text)
-    lengths[0] = 0
-    counts = np.array([0] + [len(table.entries) for table in tables[1:]], np.int32)
-    none = np.zeros(0, np.int32)
-    return SurrogateBank(tokens, lengths, counts, none, none, none, none, none, values, none)
 
 
 def _real(values: list[list[tuple[str, int]]]) -> np.ndarray:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from rmft_jax.pii.values import outline
 
 
 class Span(NamedTuple):
@@ -17,39 +19,56 @@ class Span(NamedTuple):
 
 
 class Component(NamedTuple):
-    """A part of a span: code-point offsets in the text and the kind's number."""
+    """A part of a span: code-point offsets in the text and its kind, "" = literal text, which is never replaced."""
 
     start: int
     end: int
-    kind: int
+    kind: str
 
 
 @dataclass(frozen=True)
 class PiiType:
-    """One type of personal data.
+    """One type of personal data: how a value is found, what it consists of, and what can stand for it.
 
-    kinds: names of its replaceable components. anchor_classes: for each kind, which anchor it belongs to, from 0 on; () =
-    the type has no anchors, all of a value is replaced.
-    find: text -> (start, end) of each occurrence. normalise: the value that two occurrences of one identity share.
-    split: value -> (start, end, kind or "") covering it whole; "" = literal. surrogates: kind -> replacement strings.
-    recombines: kinds for which the components of other values may stand in. placeholder: what redaction writes.
+    surrogates: kind -> replacement strings, the same ones whenever it is called; as many as it likes, of which those that
+        the corpus has are left out.
+    split: value as written -> (start, end, kind) of its components, which cover it whole. None = one component, the value,
+        whose kind is `form(value)`, never "": what surrogates have in common with it, such as the places of digits.
+    normalise: value as written -> value that two occurrences of one identity share.
+    anchor_classes: kind -> which anchor it belongs to, from 0 on; none = the type has no anchors.
+    recombines: kinds for which the components of other values may stand in.
+
+    A value is found in one of two ways:
+    pattern: a regular expression within the RE2 subset that matches ASCII characters only and no line break, searched for
+        line by line. With `alphabet` and `inside`, it is searched for in the runs of characters of this alphabet that have
+        the character `inside`; every match must lie in one.
+    check: (line, start, end) of a match -> (start, end) of the value, or None if it is none.
+    scan: text -> (start, end) of each value, for what no such pattern can say.
     """
 
     name: str
-    kinds: tuple[str, ...]
-    find: Callable[[str], Iterable[tuple[int, int]]]
-    normalise: Callable[[str], str]
-    split: Callable[[str], Iterable[tuple[int, int, str]]]
-    surrogates: Callable[[str], list[str]]
-    anchor_classes: tuple[int, ...] = ()
+    surrogates: Callable[[str], Iterable[str]]
+    split: Callable[[str], Iterable[tuple[int, int, str]]] | None = None
+    form: Callable[[str], str] = outline
+    normalise: Callable[[str], str] = str.lower
+    anchor_classes: Mapping[str, int] = field(default_factory=dict)
     recombines: tuple[str, ...] = ()
+    pattern: str = ""
+    alphabet: str = ""
+    inside: str = ""
+    check: Callable[[str, int, int], tuple[int, int] | None] = lambda line, start, end: (start, end)
+    scan: Callable[[str], Iterable[tuple[int, int]]] | None = None
 
     @property
     def anchors(self) -> int:
         """Return the number of anchor classes."""
-        return len(set(self.anchor_classes))
+        return len(set(self.anchor_classes.values()))
 
     @property
     def placeholder(self) -> str:
         """Return what redaction writes in the place of a value, such as [EMAIL]."""
         return f"[{self.name.upper()}]"
+
+    def parts(self, value: str) -> Iterable[tuple[int, int, str]]:
+        """Return (start, end, kind) of the components of a value as written."""
+        return self.split(value) if self.split else [(0, len(value), self.form(value))]

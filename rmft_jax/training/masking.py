@@ -10,7 +10,6 @@ import numpy as np
 from rmft_jax.config import Config, MaskingRuleConfig
 from rmft_jax.data.blocks import Blocks
 from rmft_jax.kernels import Rule, replaced_spans
-from rmft_jax.pii.types import TYPES
 
 
 def masking_key(seed: int) -> jax.Array:
@@ -20,8 +19,7 @@ def masking_key(seed: int) -> jax.Array:
 
 def masking_rules(config: Config) -> tuple[Rule, ...]:
     """Return the Rule of each PII type of the data, or one Rule where all are equal."""
-    names = [type.name for type in TYPES]
-    rules = tuple(_rule(config.masking.types.get(name, config.masking)) for name in names)
+    rules = tuple(_rule(config.masking.types.get(name, config.masking)) for name in config.pii.names)
     return rules[:1] if len(set(rules)) == 1 else rules
 
 
