@@ -149,7 +149,7 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: masking.")],
+    name: Annotated[str, typer.Argument(help="What to measure: masking, detect, dedup, audit.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",

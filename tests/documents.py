@@ -9,10 +9,8 @@ from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.prepare import component_values
 from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.pii.bank import build_bank
-from rmft_jax.pii.detector import detector
-from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.detector import Detector
 
-EMAILS = PiiConfig()
 NAMES = ["ann", "bob.stone", "j", "carla.van.der.berg", "x_17", "Dora", "maximilian", "f..brawner", "a-b"]
 DOMAINS = ["alder.example.com", "b.example.org", "mail.quartz-works.example.net", "C.EXAMPLE.COM", "zz.co.uk"]
 WORDS = "please send the report to our office by Monday at 10:30, thanks -- see  notes\n\tbelow: é–ü".split(" ")
@@ -39,25 +37,23 @@ def random_texts(count: int, seed: int) -> list[str]:
     return texts
 
 
-def tagged(texts: list[str], tokenizer, pii: PiiConfig = EMAILS, kinds: Kinds | None = None):
+def tagged(texts: list[str], tokenizer, detector: Detector | None = None):
     """Return the texts' spans, their numbering and their records."""
-    finder = detector(pii)
-    spans = list(finder.detect_many(texts))
+    detector = detector or Detector(PiiConfig())
+    spans = list(detector.detect_many(texts))
     identities = Identities.empty()
     numbering = [identities.add(found) for found in spans]
-    kinds = kinds or Kinds(finder.types)
-    records = list(tag(list(zip(texts, spans, strict=True)), numbering, tokenizer, finder, kinds))
+    records = list(tag(list(zip(texts, spans, strict=True)), numbering, tokenizer, detector))
     for number, record in enumerate(records):
         record |= {"document": number, "duplicate": np.zeros(len(record["tokens"]), np.uint8)}
     return spans, numbering, records
 
 
-def bank_of(texts, spans, tokenizer, *, pii: PiiConfig = EMAILS, kinds: Kinds | None = None, rows: int = 500):
+def bank_of(texts: list[str], spans, tokenizer, detector: Detector | None = None):
     """Return the surrogate bank of a corpus."""
-    finder = detector(pii)
-    kinds = kinds or Kinds(finder.types)
-    values = component_values(list(zip(texts, spans, strict=True)), finder, kinds)
-    return build_bank(tokenizer.encode, values, finder.types, kinds, rows=rows, seed=0)
+    detector = detector or Detector(PiiConfig())
+    values = component_values(list(zip(texts, spans, strict=True)), detector)
+    return build_bank(tokenizer.encode, values, detector, rows=500, seed=0)
 
 
 def blocks_of(records: list[dict], stride: int) -> Blocks:

@@ -22,8 +22,7 @@ from rmft_jax.kernels import (
     splice_reference,
     uniform_below,
 )
-from rmft_jax.pii.detector import detect, detector
-from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.detector import Detector, detect
 from rmft_jax.pii.reference import mask_text
 from rmft_jax.training.masking import masking_key
 from rmft_jax.training.mesh import batch_sharding, make_mesh
@@ -94,8 +93,7 @@ def test_device_tokens_equal_the_text_reference_on_a_thousand_documents(prepared
         use = (masked.source[i] < blocks.width) & ((masked.source[i] > 0) | (i == 0))  # the first token is context
         joined.extend(masked.tokens[i][use].tolist())
 
-    finder = detector(PiiConfig())
-    kinds = Kinds(finder.types)
+    detector = Detector(PiiConfig())
     drawn = jax.jit(jax.vmap(lambda row: draw_surrogates(KEY, row, bank)))
     assert sum((row["component_begin"] < 0).sum() - 1 for row in rows) > 100  # components that a border cut
     expected, changed, deltas = [], 0, set()
@@ -112,9 +110,9 @@ def test_device_tokens_equal_the_text_reference_on_a_thousand_documents(prepared
         ids = numbers["span_id"]
 
         def word(span, index, kind, ids=ids):
-            return tokenizer.decode(bank.entry(kinds.number(0, kind), draws[ids[span], index][1]))
+            return tokenizer.decode(bank.entry(kind, draws[ids[span], index][1]))
 
-        parts = mask_text(text, found, numbers["span_rank"], finder, lambda s, n, ids=ids: draws[ids[s], 0][0], word)
+        parts = mask_text(text, found, numbers["span_rank"], detector, lambda s, n, ids=ids: draws[ids[s], 0][0], word)
         changed += "".join(parts) != text
         deltas.add(np.sign(len("".join(parts)) - len(text)))
         expected += [BOS, *(token for part in tokenizer.encode(parts) for token in part), EOS]

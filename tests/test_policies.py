@@ -11,8 +11,7 @@ from rmft_jax.config import PiiConfig, load_config
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SURROGATE, Rule
-from rmft_jax.pii.detector import detect, detector
-from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.detector import Detector, detect
 from rmft_jax.training.masking import masking_rules
 
 
@@ -185,7 +184,7 @@ def test_recombined_surrogates_are_real_parts_and_never_a_real_value(prepared):
 def test_recombined_parts_have_the_distribution_of_the_corpus(prepared):
     texts = [f"{first}.x{n}@alder.example.com" for n, first in enumerate(["ann"] * 30 + ["bob"] * 10)]
     bank = bank_of(texts, tagged(texts, prepared.tokenizer)[0], prepared.tokenizer)
-    kind = bank.recombined[Kinds(detector(PiiConfig()).types).number(0, "first")]
+    kind = bank.recombined[Detector(PiiConfig()).kinds.number(0, "first")]
     rows = [prepared.tokenizer.decode(bank.entry(kind, row)) for row in range(bank.counts[kind])]
     assert collections.Counter(rows) == {"ann": 30, "bob": 10}
 

@@ -17,7 +17,6 @@ from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.pii.detector import detector
-from rmft_jax.pii.kinds import Kinds
 
 _DIGITS = 5  # in each of the two random parts
 SPACE_BITS = 2 * _DIGITS * math.log2(10)
@@ -94,7 +93,7 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarra
     spans = list(finder.detect_many(texts))
     numbers = {"span_identity": [0], "span_rank": [0], "span_id": [0]}
     out = []
-    for record in tag(zip(texts, spans, strict=True), [numbers] * len(texts), tokenizer, finder, Kinds(finder.types)):
+    for record in tag(zip(texts, spans, strict=True), [numbers] * len(texts), tokenizer, finder):
         inside = np.flatnonzero(record["component"])
         out.append((record["tokens"][: inside[-1] + 1], int(inside[0])))
     return out

@@ -21,8 +21,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, read_json, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.pii.bank import build_bank
-from rmft_jax.pii.detector import Detector, detector
-from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.spans import Span
 from rmft_jax.pii.values import keyed_hash
 from rmft_jax.progress import say, track
@@ -106,10 +105,9 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     documents = read_documents(config.source)
     canaries = make_canaries(config.canary, config.source.seed)
     documents.train = insert(documents.train, canaries, config.source.seed)
-    finder = detector(config.pii)
-    kinds = Kinds(finder.types)
+    detector = Detector(config.pii)  # a new one: kinds are numbered as this corpus has them
     find = lambda texts, what: list(  # noqa: E731
-        finder.detect_many(track(texts, f"prepare: finding PII ({what})", len(texts)))
+        detector.detect_many(track(texts, f"prepare: finding PII ({what})", len(texts)))
     )
     train_spans, heldout_spans = find(documents.train, "training"), find(documents.heldout, "held-out")
     identities = Identities.empty()
@@ -122,12 +120,12 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     else:
         say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
         tokenizer = Tokenizer.train(_text_outside_pii(pairs), config.tokenizer)
-    train = list(tag(track(pairs, "prepare: tagging", len(pairs)), numbering, tokenizer, finder, kinds))
+    train = list(tag(track(pairs, "prepare: tagging", len(pairs)), numbering, tokenizer, detector))
     heldout_numbers = [identities.look_up(spans) for spans in heldout_spans]
-    heldout = list(tag(zip(documents.heldout, heldout_spans, strict=True), heldout_numbers, tokenizer, finder, kinds))
-    values = component_values(pairs, finder, kinds)
+    heldout = list(tag(zip(documents.heldout, heldout_spans, strict=True), heldout_numbers, tokenizer, detector))
+    values = component_values(pairs, detector)
     rows, seed = config.masking.surrogates, config.source.seed
-    bank = build_bank(tokenizer.encode, values, finder.types, kinds, rows=rows, seed=seed)
+    bank = build_bank(tokenizer.encode, values, detector, rows=rows, seed=seed)
     say("prepare: looking for duplicates")
     substring_tokens = config.dedup.substring_tokens or _tokens_in_100_bytes(train, tokenizer)
     _flag_duplicates(train, documents.train, config, substring_tokens)
@@ -170,7 +168,7 @@ def _prepare_into(directory: Path, config: Config) -> dict:
         },
         "surrogates": {
             f"{config.pii.names[type]} {kind}": int(bank.counts[number])
-            for number, (type, kind) in enumerate(kinds.names, 1)
+            for number, (type, kind) in enumerate(detector.kinds.names, 1)
         },
         "content_hash": _content_hash(train, heldout, tokenizer),
     }
@@ -187,16 +185,14 @@ def _text_outside_pii(pairs: list[tuple[str, list[Span]]]):
         yield text[done:]
 
 
-def component_values(
-    pairs: list[tuple[str, list[Span]]], detector: Detector, kinds: Kinds
-) -> list[list[tuple[str, int]]]:
+def component_values(pairs: list[tuple[str, list[Span]]], detector: Detector) -> list[list[tuple[str, int]]]:
     """Return the components of each PII value, (text in lower case, kind), as its first occurrence is cut."""
     values: dict[str, list[tuple[str, int]]] = {}
     for text, spans in pairs:
         for span in spans:
             if span.value not in values:
                 parts = detector.components(text, span)
-                values[span.value] = [(text[p.start : p.end].lower(), kinds.number(span.type, p.kind)) for p in parts]
+                values[span.value] = [(part.lower(), kind) for part, kind in zip(parts.texts, parts.kinds, strict=True)]
     return list(values.values())
 
 

@@ -9,9 +9,7 @@ import numpy as np
 
 from rmft_jax.data.tokenizer import BOS, EOS, Tokenizer
 from rmft_jax.pii.detector import Detector
-from rmft_jax.pii.kinds import Kinds
 from rmft_jax.pii.spans import Span
-from rmft_jax.pii.values import component_value
 
 # The fields of one tagged document; the comment gives what their first axis counts.
 FIELDS = {
@@ -66,16 +64,15 @@ def tag(
     numbering: Iterable[dict[str, list[int]]],
     tokenizer: Tokenizer,
     detector: Detector,
-    kinds: Kinds,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the FIELDS of each document. Component borders are token borders; the text stands between BOS and EOS.
 
-    detector: what has found the spans. kinds: numbers the kinds of components; new ones are added.
+    detector: what has found the spans, and numbers the kinds of their components.
     """
     for (text, spans), numbers in zip(documents, numbering, strict=True):
         parts: list[str] = []
         owner: list[int] = []  # component number of each part, 0 = plain text
-        kind_of: list[int] = []
+        kinds: list[int] = []
         span_of: list[int] = []
         index_in: list[int] = []
         values: list[int] = []
@@ -83,13 +80,14 @@ def tag(
         for number, span in enumerate(spans):
             parts.append(text[done : span.start])
             owner.append(0)
-            for index, part in enumerate(detector.components(text, span)):
-                kind_of.append(kinds.number(span.type, part.kind))
-                span_of.append(number)
-                index_in.append(index)
-                values.append(component_value(text[part.start : part.end]))
-                parts.append(text[part.start : part.end])
-                owner.append(len(kind_of))
+            components = detector.components(text, span)
+            count = len(components.kinds)
+            parts += components.texts
+            owner += range(len(kinds) + 1, len(kinds) + 1 + count)
+            kinds += components.kinds
+            values += components.values
+            span_of += [number] * count
+            index_in += range(count)
             done = span.end
         parts.append(text[done:])
         owner.append(0)
@@ -98,7 +96,7 @@ def tag(
         record = {
             "tokens": [BOS, *(id for part in ids for id in part), EOS],
             "component": np.repeat([0, *owner, 0], lengths),
-            "component_kind": kind_of,
+            "component_kind": kinds,
             "component_span": span_of,
             "component_index": index_in,
             "component_value": values,

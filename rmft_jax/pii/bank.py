@@ -9,6 +9,7 @@ import numpy as np
 
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SurrogateBank, span_values
+from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.kinds import Kinds
 from rmft_jax.pii.spans import PiiType
 from rmft_jax.pii.values import component_value
@@ -24,8 +25,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 def build_bank(
     encode: Encode,
     values: Iterable[Sequence[tuple[str, int]]],
-    types: Sequence[PiiType],
-    kinds: Kinds,
+    detector: Detector,
     *,
     rows: int,
     seed: int,
@@ -40,13 +40,14 @@ def build_bank(
     Args:
       encode: strings -> token ids, each string as it is encoded in the middle of a line.
       values: the components of each PII value of the corpus in order, (text as written, kind), literal text as kind 0.
-      types: the PII types; kinds: the kinds that the corpus has.
+      detector: what has found the values and cut them into components: its types, and the kinds that the corpus has.
       rows: surrogates of each kind at most; seed: which ones.
 
     Returns: a SurrogateBank of numpy arrays.
 
     Raises UserError when no surrogate of a kind is left.
     """
+    types, kinds = detector.types, detector.kinds
     values = [list(parts) for parts in values]
     real: dict[int, list[str]] = {}
     for parts in values:

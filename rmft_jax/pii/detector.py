@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,21 +12,28 @@ import numpy as np
 
 from rmft_jax.config import PiiConfig
 from rmft_jax.pii import custom, windows
-from rmft_jax.pii.spans import Component, PiiType, Span
+from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.spans import Components, PiiType, Span
+from rmft_jax.pii.values import component_value
 
-_BATCH = 1 << 22  # characters searched at once
+_BATCH = 1 << 19  # characters searched at once; few enough for a processor's cache
 _REMEMBERED = 1 << 18  # windows, and values, whose parts are kept
 
-_Hit = tuple[int, int, int, str]  # start and end in the window, type, value
+_LINES = -1  # stands for all types that are searched for line by line
+_Hit = tuple[int, int, int, str]  # start, minus end, type, value: the order in which the first one wins
 
 
 class Detector:
-    """The types of a config, numbered: the built-in ones in the order of `types`, then the custom ones."""
+    """The types of a config, numbered: the built-in ones in the order of `types`, then the custom ones.
+
+    kinds: numbers the kinds of the components that have been cut so far.
+    """
 
     def __init__(self, config: PiiConfig, engine: str = ""):
         """engine: re2 | re; "" = re2 where it is installed. Raises UserError for a type that lacks what it needs."""
         modules = [importlib.import_module(f"rmft_jax.pii.types.{name}") for name in config.types]
         self.types: tuple[PiiType, ...] = (*(m.make(config) for m in modules), *map(custom.make, config.custom))
+        self.kinds = Kinds(self.types)
         numbered = list(enumerate(self.types))
         self._ignore = frozenset(value.lower() for value in config.ignore)
         self._compiled = {number: re.compile(type.pattern, re.ASCII) for number, type in numbered if type.pattern}
@@ -34,8 +42,8 @@ class Detector:
         self._scanned = [number for number, type in numbered if type.scan]
         patterns = [self.types[number].pattern for number in self._in_lines]
         self._gate = windows.gate_of(patterns, engine or windows.default_engine()) if patterns else None
-        self._hits: dict[tuple[int, bytes], tuple[_Hit, ...]] = {}
-        self._parts: dict[tuple[int, str], tuple[tuple[int, int, str], ...]] = {}
+        self._hits: dict[int, dict[bytes, list[_Hit]]] = {number: {} for number in (_LINES, *self._in_runs)}
+        self._components: dict[tuple[int, str], Components] = {}
 
     def detect(self, text: str) -> list[Span]:
         """Find the PII in a text, in order.
@@ -58,59 +66,60 @@ class Detector:
         if batch:
             yield from self._detect_batch(batch)
 
-    def components(self, text: str, span: Span) -> list[Component]:
-        """Cut a span into components that cover it without gaps."""
-        start, written = span.start, text[span.start : span.end]
-        key = span.type, written
-        if (parts := self._parts.get(key)) is None:
-            if len(self._parts) >= _REMEMBERED:
-                self._parts.clear()
-            parts = self._parts[key] = tuple(self.types[span.type].parts(written))
-        return [Component(start + a, start + b, kind) for a, b, kind in parts]
+    def components(self, text: str, span: Span) -> Components:
+        """Cut a span into its components."""
+        key = span.type, text[span.start : span.end]
+        if (components := self._components.get(key)) is None:
+            _make_room(self._components)
+            type, written = key
+            parts = self.types[type].parts(written)
+            texts = tuple([written[start:end] for start, end, _ in parts])
+            kinds = tuple([self.kinds.number(type, kind) for *_, kind in parts])
+            components = self._components[key] = Components(texts, kinds, tuple(map(component_value, texts)))
+        return components
 
     def _detect_batch(self, texts: Sequence[str]) -> Iterator[list[Span]]:
         """Search texts joined by line breaks, which no pattern crosses."""
         data = "\n".join(texts).encode("utf-8", "surrogatepass")
-        codes = np.frombuffer(data, np.uint8)
-        begins = np.cumsum([0, *(len(text) + 1 for text in texts)])
-        later_bytes = np.flatnonzero((codes & 0xC0) == 0x80) if begins[-1] != len(data) + 1 else np.zeros(0, np.int64)
-        found: list[tuple[int, int, int, str]] = []
+        begins = list(itertools.accumulate((len(text) + 1 for text in texts), initial=0))
+        later_bytes = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) == 0x80)
+        found: list[_Hit] = []
 
         def look(number: int, bounds: tuple[np.ndarray, np.ndarray]) -> None:
+            known = self._hits[number]
             places = bounds[0] - np.searchsorted(later_bytes, bounds[0])  # from bytes to code points
             for place, begin, end in zip(places.tolist(), *(bound.tolist() for bound in bounds), strict=True):
-                for start, stop, type, value in self._hits_of(number, data[begin:end]):
-                    found.append((place + start, place + stop, type, value))
+                window = data[begin:end]
+                if (hits := known.get(window)) is None:
+                    _make_room(known)
+                    hits = known[window] = self._search(number, window)
+                for start, minus_end, type, value in hits:
+                    found.append((place + start, minus_end - place, type, value))
 
         for number in self._in_runs:
-            look(number, windows.runs_with(codes, self.types[number].alphabet, self.types[number].inside))
+            look(number, windows.runs_with(data, self.types[number].alphabet, self.types[number].inside))
         if self._gate is not None:
-            look(-1, windows.lines_at(codes, self._gate(data)))
-        for begin, text in zip(begins.tolist(), texts, strict=False):
-            for number in self._scanned:
+            look(_LINES, windows.lines_at(data, self._gate(data)))
+        for number in self._scanned:
+            for begin, text in zip(begins, texts, strict=False):
                 for start, end in self.types[number].scan(text):
                     if (value := self.types[number].normalise(text[start:end])) not in self._ignore:
-                        found.append((begin + start, begin + end, number, value))
+                        found.append((begin + start, -begin - end, number, value))
+        found.sort()
         return _by_document(found, begins)
 
-    def _hits_of(self, number: int, window: bytes) -> tuple[_Hit, ...]:
-        """Search a window, or remember what was found in one like it. number: the type; -1 = all types of lines."""
-        key = number, window
-        if (hits := self._hits.get(key)) is None:
-            if len(self._hits) >= _REMEMBERED:
-                self._hits.clear()
-            line = window.decode("utf-8", "surrogatepass")
-            numbers = self._in_lines if number < 0 else [number]
-            hits = self._hits[key] = tuple(hit for n in numbers for hit in self._search(n, line))
+    def _search(self, number: int, window: bytes) -> list[_Hit]:
+        """Search a window by `re`: for one type, or for _LINES."""
+        line = window.decode("utf-8", "surrogatepass")
+        hits = []
+        for n in self._in_lines if number == _LINES else (number,):
+            type = self.types[n]
+            for match in self._compiled[n].finditer(line):
+                if bounds := type.check(line, *match.span()) if type.check else match.span():
+                    start, end = bounds
+                    if (value := type.normalise(line[start:end])) not in self._ignore:
+                        hits.append((start, -end, n, value))
         return hits
-
-    def _search(self, number: int, line: str) -> Iterator[_Hit]:
-        type = self.types[number]
-        for match in self._compiled[number].finditer(line):
-            if bounds := type.check(line, *match.span()):
-                start, end = bounds
-                if (value := type.normalise(line[start:end])) not in self._ignore:
-                    yield start, end, number, value
 
 
 @functools.lru_cache(16)
@@ -124,16 +133,20 @@ def detect(text: str, types: Iterable[str] = ("email",), ignore: Iterable[str] =
     return detector(PiiConfig(types=tuple(types), ignore=tuple(sorted(ignore)))).detect(text)
 
 
-def _by_document(found: list[tuple[int, int, int, str]], begins: np.ndarray) -> Iterator[list[Span]]:
+def _by_document(found: list[_Hit], begins: list[int]) -> Iterator[list[Span]]:
     """Yield the spans of each document, in order and without overlaps. begins: int [documents + 1]."""
-    found.sort(key=lambda hit: (hit[0], -hit[1], hit[2]))
-    place = 0
-    for begin, end in zip(begins[:-1].tolist(), begins[1:].tolist(), strict=True):
+    place, total = 0, len(found)
+    for begin, end in itertools.pairwise(begins):
         spans, done = [], begin
-        while place < len(found) and found[place][0] < end:
-            start, stop, type, value = found[place]
+        while place < total and found[place][0] < end:
+            start, minus_end, type, value = found[place]
             if start >= done:
-                spans.append(Span(start - begin, stop - begin, type, value))
-                done = stop
+                spans.append(Span(start - begin, -minus_end - begin, type, value))
+                done = -minus_end
             place += 1
         yield spans
+
+
+def _make_room(memory: dict) -> None:
+    if len(memory) >= _REMEMBERED:
+        memory.clear()

@@ -14,7 +14,7 @@ def mask_text(
     ranks: Sequence[int],
     detector: Detector,
     draw_anchor: Callable[[int, int], int],
-    draw_word: Callable[[int, int, str], str],
+    draw_word: Callable[[int, int, int], str],
 ) -> list[str]:
     """Replace every span of rank >= 1 but for its anchor (RMFT, arXiv 2512.03310).
 
@@ -31,12 +31,12 @@ def mask_text(
         type = detector.types[span.type]
         anchor = draw_anchor(number, type.anchors) if type.anchors else -1
         out.append(text[done : span.start])
-        for index, component in enumerate(detector.components(text, span)):
-            is_anchor = type.anchor_classes.get(component.kind, -1) == anchor >= 0
-            if rank == 0 or not component.kind or is_anchor:
-                out.append(text[component.start : component.end])
-            else:
-                out.append(draw_word(number, index, component.kind))
+        components = detector.components(text, span)
+        for index, (written, kind) in enumerate(zip(components.texts, components.kinds, strict=True)):
+            name = detector.kinds.names[kind - 1][1] if kind else ""
+            is_anchor = type.anchor_classes.get(name, -1) == anchor >= 0
+            keeps = rank == 0 or kind == 0 or is_anchor
+            out.append(written if keeps else draw_word(number, index, kind))
         done = span.end
     out.append(text[done:])
     return out

@@ -18,12 +18,12 @@ class Span(NamedTuple):
     value: str
 
 
-class Component(NamedTuple):
-    """A part of a span: code-point offsets in the text and its kind, "" = literal text, which is never replaced."""
+class Components(NamedTuple):
+    """The parts of a span, which cover it without gaps: texts, kinds (0 = literal text), and hashes of the texts."""
 
-    start: int
-    end: int
-    kind: str
+    texts: tuple[str, ...]
+    kinds: tuple[int, ...]
+    values: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class PiiType:
     pattern: a regular expression within the RE2 subset that matches ASCII characters only and no line break, searched for
         line by line. With `alphabet` and `inside`, it is searched for in the runs of characters of this alphabet that have
         the character `inside`; every match must lie in one.
-    check: (line, start, end) of a match -> (start, end) of the value, or None if it is none.
+    check: (line, start, end) of a match -> (start, end) of the value, or None if it is none; without it, all are.
     scan: text -> (start, end) of each value, for what no such pattern can say.
     """
 
@@ -56,7 +56,7 @@ class PiiType:
     pattern: str = ""
     alphabet: str = ""
     inside: str = ""
-    check: Callable[[str, int, int], tuple[int, int] | None] = lambda line, start, end: (start, end)
+    check: Callable[[str, int, int], tuple[int, int] | None] | None = None
     scan: Callable[[str], Iterable[tuple[int, int]]] | None = None
 
     @property
@@ -69,6 +69,6 @@ class PiiType:
         """Return what redaction writes in the place of a value, such as [EMAIL]."""
         return f"[{self.name.upper()}]"
 
-    def parts(self, value: str) -> Iterable[tuple[int, int, str]]:
+    def parts(self, value: str) -> list[tuple[int, int, str]]:
         """Return (start, end, kind) of the components of a value as written."""
-        return self.split(value) if self.split else [(0, len(value), self.form(value))]
+        return list(self.split(value)) if self.split else [(0, len(value), self.form(value))]

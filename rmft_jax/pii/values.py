@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import re
@@ -18,7 +19,8 @@ def keyed_hash(value: str, key: bytes) -> str:
     return hmac.new(key, value.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:16]
 
 
+@functools.lru_cache(1 << 16)
 def component_value(text: str) -> int:
     """Return a hash of a component's text in lower case, as an int32: what two components of equal text share."""
     value = zlib.crc32(text.lower().encode("utf-8", "surrogatepass"))
-    return value - 2**32 if value >= 2**31 else value
+    return value if value < 0x80000000 else value - 0x100000000

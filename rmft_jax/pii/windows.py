@@ -7,6 +7,7 @@ them. So both engines give the same result.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -38,19 +39,24 @@ def gate_of(patterns: Sequence[str], engine: str) -> Callable[[bytes], np.ndarra
     return lambda data: np.fromiter((match.start() for match in compiled.finditer(data)), np.int64)
 
 
-def lines_at(data: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return start and end of the lines that hold the places, each once, in order. data: uint8 [n]."""
-    return _between(np.flatnonzero(data == ord("\n")), places, len(data))
+def lines_at(data: bytes, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return start and end of the lines that hold the places (int [n], in order), each once."""
+    return _between(np.frombuffer(data, np.uint8) == ord("\n"), places)
 
 
-def runs_with(data: np.ndarray, alphabet: str, inside: str) -> tuple[np.ndarray, np.ndarray]:
+def runs_with(data: bytes, alphabet: str, inside: str) -> tuple[np.ndarray, np.ndarray]:
     """Return start and end of the longest runs of characters of an alphabet that hold one character."""
-    outside = np.ones(256, bool)
-    outside[list(alphabet.encode())] = False
-    return _between(np.flatnonzero(outside[data]), np.flatnonzero(data == ord(inside)), len(data))
+    places = np.flatnonzero(np.frombuffer(data, np.uint8) == ord(inside))
+    return _between(np.frombuffer(data.translate(_outside(alphabet)), bool), places)
 
 
-def _between(borders: np.ndarray, places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    borders = np.concatenate([[-1], borders, [size]])
-    numbers = np.unique(np.searchsorted(borders, places))
+@functools.cache
+def _outside(alphabet: str) -> bytes:
+    return bytes(code not in alphabet.encode() for code in range(256))
+
+
+def _between(is_border: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    borders = np.concatenate([[-1], np.flatnonzero(is_border), [len(is_border)]])
+    numbers = np.searchsorted(borders, places)
+    numbers = numbers[np.diff(numbers, prepend=-1) > 0]
     return borders[numbers - 1] + 1, borders[numbers]

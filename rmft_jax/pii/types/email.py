@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import string
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from rmft_jax.config import PiiConfig
 from rmft_jax.pii.spans import PiiType
@@ -24,19 +23,20 @@ _TLDS = (
 ).split()
 
 
-def split(address: str) -> Iterator[tuple[int, int, str]]:
-    """Yield the parts of an address: each dot-separated word of the local part, '@', the domain, '.', the TLD."""
+def split(address: str) -> list[tuple[int, int, str]]:
+    """Return the parts of an address: each dot-separated word of the local part, '@', the domain, '.', the TLD."""
     at = address.rindex("@")
     dot = address.index(".", at)
-    pieces = list(re.finditer(r"[^.]+|\.+", address[:at]))
-    named = [piece for piece in pieces if not piece[0].startswith(".")]
-    for piece in pieces:
-        kind = "" if piece[0].startswith(".") else LOCAL if len(named) == 1 else FIRST if piece is named[0] else LAST
-        yield *piece.span(), kind
-    yield at, at + 1, ""
-    yield at + 1, dot, DOMAIN
-    yield dot, dot + 1, ""
-    yield dot + 1, len(address), TLD
+    words = address[:at].split(".")
+    kind = LOCAL if sum(map(bool, words)) == 1 else FIRST
+    out, place = [], 0
+    for word in words:
+        if word:
+            out.append((place, place + len(word), kind))
+            kind = LAST
+        place += len(word) + 1
+        out.append((place - 1, place, ""))  # a dot, or in the end the '@'
+    return [*out, (at + 1, dot, DOMAIN), (dot, dot + 1, ""), (dot + 1, len(address), TLD)]
 
 
 def surrogates(kind: str) -> Iterable[str]:

@@ -10,6 +10,7 @@ from rmft_jax.config import PiiConfig
 from rmft_jax.pii.digits import draws, fill
 from rmft_jax.pii.spans import PiiType
 
+_GROUP = "[0-9A-Fa-f]{1,4}"
 _DIGITS = {"x": "0123456789abcdef", "X": "0123456789ABCDEF"}
 
 
@@ -20,7 +21,7 @@ def make(config: PiiConfig) -> PiiType:
         form=_form,
         surrogates=lambda form: draws(form, lambda rng: _draw(rng, form)),
         normalise=lambda written: str(ipaddress.IPv6Address(written)),
-        pattern=r"(?:\b[0-9A-Fa-f]{1,4}:|::)(?:[0-9A-Fa-f]{1,4}|:){1,14}[0-9A-Fa-f:]",
+        pattern=rf"\b{_GROUP}(?::{_GROUP}){{7}}|(?:\b{_GROUP}(?::{_GROUP}){{0,6}})?::(?:{_GROUP}(?::{_GROUP}){{0,6}})?",
         check=_check,
     )
 

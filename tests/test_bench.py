@@ -1,0 +1,27 @@
+"""The benchmarks on small input: what they say of themselves. (Speed is for `rmft bench` to print, not for a test.)"""
+
+import pytest
+
+from rmft_jax.bench import run_bench
+from rmft_jax.config import load_config
+from rmft_jax.errors import UserError
+
+
+@pytest.mark.slow
+def test_detect_measures_both_on_the_same_text():
+    pytest.importorskip("presidio_analyzer", reason="needs the extra [presidio]")
+    from rmft_jax.bench import detect
+
+    config = load_config(None, ["source.limit=30"])
+    result = detect.run(config, rounds=1)
+    ((_, ours, peer, patterns),) = result["runs"]
+    assert result["ratio"] == ours / peer and result["patterns_ratio"] == ours / patterns
+    assert result["shape"]["documents"] == 27 and result["shape"]["spans"] > 60  # a tenth is held out
+    assert result["value"] > result["peer_value"] > 0
+
+
+def test_unknown_benchmarks_and_peers_are_refused():
+    with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, detect"):
+        run_bench("speed", load_config())
+    with pytest.raises(UserError, match="knows no peer 'scrubadub'"):
+        run_bench("detect", load_config(), "scrubadub")
