@@ -28,6 +28,8 @@ LOGICAL_AXES = {
 }
 
 
+EPSILON = 1e-6  # of RMSNorm, added to the mean square
+
 # Blocks a loop iteration: 8% faster than 1 on CPU, and the program stays as small however deep the model is.
 _UNROLL = 4
 
@@ -79,9 +81,9 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.attention_norm = nnx.RMSNorm(config.width, epsilon=EPSILON, rngs=rngs)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=EPSILON, rngs=rngs)
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x_BTE, positions, attend, drop=lambda branch_BTE, number: branch_BTE):
@@ -136,7 +138,7 @@ def _run_block(config: ModelConfig, params: dict, *args):
 
 def _normalise(x, scale):
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6) * scale).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + EPSILON) * scale).astype(x.dtype)
 
 
 def forward(
