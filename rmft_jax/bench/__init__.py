@@ -16,6 +16,7 @@ from rmft_jax.errors import UserError
 BENCHES = {
     "masking": "the train step with on-device masking against the step without",
     "detect": "finding and tagging personal data, against presidio-analyzer",
+    "audit": "greedy decoding of the audit's prompts, against transformers",
 }
 
 

@@ -140,7 +140,7 @@ def _read_config(settings: dict, folder: Path) -> ModelConfig:
     width, heads = (_number(settings, key, folder) for key in ("hidden_size", "num_attention_heads"))
     groups = settings.get("num_key_value_heads") or heads
     if groups != heads:
-        raise UserError(f"{folder} has {groups} key-value heads for {heads} heads: here each has its own, take another model")
+        raise UserError(f"{folder} has {groups} key-value heads for {heads} heads: here each has its own, take another")
     if width % heads or (settings.get("head_dim") or width // heads) != width // heads or width // heads % 2:
         raise UserError(f"{folder} has heads that are not hidden_size / {heads} wide, an even number: take another model")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}

@@ -1,0 +1,139 @@
+"""`rmft bench audit`: greedy decoding of the audit's prompts against `transformers`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rmft_jax.bench import environment
+from rmft_jax.config import Config
+from rmft_jax.data.prepare import Prepared, load_prepared, prepare
+from rmft_jax.data.tokenizer import BOS, EOS
+from rmft_jax.errors import UserError
+from rmft_jax.generation.greedy import make_greedy_decoder
+from rmft_jax.memorization.prompts import Prompts, build_prompts
+from rmft_jax.models.gpt import init_params
+from rmft_jax.models.huggingface import export_llama
+from rmft_jax.progress import track
+from rmft_jax.training.checkpoints import Checkpoints, abstract
+
+_WARM_UP = 1
+
+
+def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
+    """Decode the first batch of each prompt set with this library and with `transformers`, in turn.
+
+    Both have the same weights in float32, the same left-padded prompts, and write `audit.new_tokens` tokens a row; time
+    counts from token ids to token ids, the reading of the prompts included, compilation and loading left out. The weights
+    are those that `training.init_from` names (a run or RUN/checkpoints/STEP), or else initial ones, with which hardly any
+    row ends early. `transformers` runs on all cores, in inference mode, with its own cache and torch's fused attention.
+
+    Returns name, device, versions, unit, shape, value and peer_value (medians, new tokens a second), ratio (median over the
+    pairs), same_output, tokens_equal_pct (a tie that float arithmetic breaks in another way changes all tokens after it),
+    sets (tokens a second for each prompt set) and runs: the pairs of samples. Raises UserError for another peer or a missing
+    library.
+    """
+    if peer not in ("", "transformers"):
+        raise UserError(f"unknown peer {peer!r} for the benchmark audit: choose transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        if not (config.data_dir / "manifest.json").exists():
+            config = dataclasses.replace(config, out=folder, data="")
+            prepare(config)
+        prepared = load_prepared(config)
+        size = config.audit.batch_size
+        prompts = {name: Prompts(s.tokens[:size], s.valid[:size]) for name, s in build_prompts(config, prepared).items()}
+        params = _params(config, prepared)
+        export_llama(params, config.model, prepared.tokenizer.vocab_size, Path(folder), bos_id=BOS, eos_id=EOS)
+        decoders = _ours(config, params), _transformers(config, Path(folder))
+    counts = {name: len(rows.tokens) * config.audit.new_tokens for name, rows in prompts.items()}
+    seconds, outputs = [], {}
+    for number in track(range(runs + _WARM_UP), "bench audit", runs + _WARM_UP):
+        pair = {name: [0.0, 0.0] for name in prompts}
+        for name, rows in prompts.items():
+            for which in (0, 1) if number % 2 else (1, 0):
+                begin = time.perf_counter()
+                outputs[name, which] = decoders[which](rows)
+                pair[name][which] = time.perf_counter() - begin
+        seconds.append([pair[name] for name in prompts])
+    times = np.array(seconds[_WARM_UP:])  # [runs, sets, 2]
+    total = sum(counts.values())
+    pairs = total / times.sum(axis=1)
+    by_set = np.array(list(counts.values()))[:, None] / np.median(times, axis=0)
+    equal = np.concatenate([(outputs[name, 0] == outputs[name, 1]).ravel() for name in prompts])
+    ours, theirs = np.median(pairs, axis=0)
+    return {
+        "name": "audit",
+        **environment("numpy", "torch", "transformers"),
+        "unit": "tokens/s",
+        "shape": {
+            "prompts": {name: list(rows.tokens.shape) for name, rows in prompts.items()},
+            "new_tokens": config.audit.new_tokens,
+            "layers": config.model.layers,
+            "width": config.model.width,
+            "heads": config.model.heads,
+            "vocab_size": prepared.tokenizer.vocab_size,
+            "weights": config.training.init_from or "initial",
+        },
+        "value": float(ours),
+        "peer": f"transformers generate, greedy, sdpa, float32, {os.cpu_count()} threads",
+        "peer_value": float(theirs),
+        "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
+        "same_output": bool(equal.all()),
+        "tokens_equal_pct": float(100 * equal.mean()),
+        "sets": {name: [round(float(x), 1) for x in rates] for name, rates in zip(prompts, by_set, strict=True)},
+        "runs": [[round(a, 1), round(b, 1)] for a, b in pairs.tolist()],
+    }
+
+
+def _params(config: Config, prepared: Prepared) -> dict:
+    """Return the parameters that `training.init_from` names, or initial ones."""
+    key = jax.random.key(config.seed)
+    make = jax.jit(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
+    if not config.training.init_from:
+        return make()
+    checkpoints, step = Checkpoints.open(Path(config.training.init_from))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    tree = {"params": jax.eval_shape(make)}
+    params = checkpoints.restore(step, abstract(tree, jax.tree.map(lambda _: here, tree)), items=("params",))["params"]
+    checkpoints.close()
+    return params
+
+
+def _ours(config: Config, params: dict) -> Callable[[Prompts], np.ndarray]:
+    decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=jnp.float32)
+    return lambda rows: np.asarray(decoder(params, rows.tokens, rows.valid))
+
+
+def _transformers(config: Config, folder: Path) -> Callable[[Prompts], np.ndarray]:
+    """Load the model and return a decoder from prompts to int32 [B, new_tokens], filled up with the end token."""
+    try:
+        torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
+    except ImportError as error:
+        raise UserError(f"the peer needs {error.name}, which is not installed: pip install 'rmft-jax[bench]'") from None
+    torch.set_num_threads(os.cpu_count())
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    new = config.audit.new_tokens
+
+    def generate(rows: Prompts) -> np.ndarray:
+        tokens, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in rows[:2])
+        with torch.inference_mode():
+            out = model.generate(
+                tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, eos_token_id=EOS,
+                pad_token_id=EOS,
+            )  # fmt: skip
+        written = out[:, tokens.shape[1] :].numpy()
+        return np.pad(written, ((0, 0), (0, new - written.shape[1])), constant_values=EOS).astype(np.int32)
+
+    return generate
