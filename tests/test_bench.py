@@ -20,6 +20,17 @@ def test_detect_measures_both_on_the_same_text():
     assert result["value"] > result["peer_value"] > 0
 
 
+def test_dedup_measures_both_and_they_agree():
+    from rmft_jax.bench import dedup
+
+    result = dedup.run(load_config(None, ["source.limit=120", "tokenizer.vocab_size=600"]), rounds=1)
+    ((near, exact, their_near, their_exact),) = result["runs"]
+    assert result["ratio"] == pytest.approx((their_near + their_exact) / (near + exact), rel=1e-2)
+    assert result["agreement_pct"] > 95
+    assert result["removed_pct"]["ours"] == pytest.approx(result["removed_pct"]["peer"], abs=5)
+    assert result["removed_pct"]["ours"] > 1
+
+
 def test_unknown_benchmarks_and_peers_are_refused():
     with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, detect"):
         run_bench("speed", load_config())
