@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,18 +25,19 @@ def run(config: Config, peer: str = "", *, rounds: int = 3) -> dict:
 
     The paper's: MinHash signatures of 128 permutations over whitespace tokens, one token at a time, and LSH at Jaccard 0.8,
     with `datasketch`; then substrings of at least 100 bytes that came before, by a suffix array over the bytes of what is
-    left (the same suffix sorter and the same sweep as ours, because the paper's tool is no Python library). Ours works on
-    token ids in its second step, which `prepare` has anyway: encoding them is in neither time.
+    left (`pydivsufsort` and numpy, because the paper's tool is no Python library). Ours works on token ids in its second
+    step, which `prepare` has anyway: encoding them is in neither time.
 
     Returns name, device, versions, unit, shape, value and peer_value (medians, MB/s), ratio (median over rounds),
     near_ratio and exact_ratio (of each step alone), agreement_pct (documents that both flag as near-duplicates, or
     neither), removed_pct (share of the text that each removes), and runs: seconds of (near, exact, peer's near, peer's
     exact).
 
-    Raises UserError for an unknown peer, or when datasketch is not installed.
+    Raises UserError for an unknown peer, or when a library of the peer's is not installed.
     """
     if peer not in ("", "paper"):
         raise UserError(f"bench dedup knows no peer {peer!r}: leave it out, or name paper")
+    _need("datasketch", "pydivsufsort")
     texts = read_documents(config.source).train
     tokenizer = Tokenizer.train(texts, config.tokenizer)
     ids = [np.array(tokens, np.int32) for tokens in tokenizer.encode(texts)]
@@ -54,7 +56,11 @@ def run(config: Config, peer: str = "", *, rounds: int = 3) -> dict:
                 kept = [np.frombuffer(texts[i].encode("utf-8", "surrogatepass"), np.uint8) for i in np.flatnonzero(~near)]
             lengths = [len(document) for document in kept]
             documents = np.repeat(np.arange(len(kept)), lengths)
-            repeated = repeated_substrings(np.concatenate(kept), documents, min_tokens=least if which == "ours" else _BYTES)
+            joined = np.concatenate(kept)
+            if which == "ours":
+                repeated = repeated_substrings(joined, documents, min_tokens=least)
+            else:
+                repeated = _paper_exact(joined, documents)
             seconds[which] = middle - begin, time.perf_counter() - middle
             share = float(np.mean(repeated)) * (1 - sizes[near].sum() / sizes.sum())
             found[which] = near, 100 * (sizes[near].sum() / sizes.sum() + share)
@@ -81,10 +87,8 @@ def run(config: Config, peer: str = "", *, rounds: int = 3) -> dict:
 
 def _paper_near(texts: Sequence[str]) -> np.ndarray:
     """Return bool [n], near-duplicates of an earlier kept document, as users of datasketch find them."""
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise UserError("bench dedup needs datasketch: pip install 'rmft-jax[bench]'") from None
+    from datasketch import MinHash, MinHashLSH
+
     index = MinHashLSH(threshold=0.8, num_perm=128)
     flags = np.zeros(len(texts), bool)
     for number, text in enumerate(texts):
@@ -99,3 +103,28 @@ def _paper_near(texts: Sequence[str]) -> np.ndarray:
         if not candidates:
             index.insert(number, signature)
     return flags
+
+
+def _paper_exact(data: np.ndarray, documents: np.ndarray) -> np.ndarray:
+    """Return bool [N], bytes in substrings of 100 bytes that came before, each inside one document (Lee et al. 2021)."""
+    from pydivsufsort import divsufsort, kasai
+
+    data = data.copy()  # kasai wants it writable
+    suffixes = divsufsort(data)
+    common = kasai(data, suffixes)  # common[i] is shared by suffixes i and i + 1
+    last = np.minimum(suffixes + _BYTES, len(data)) - 1
+    inside = (suffixes + _BYTES <= len(data)) & (documents[suffixes] == documents[last])
+    groups = np.concatenate(([0], np.flatnonzero(common[:-1] < _BYTES) + 1))
+    first = np.minimum.reduceat(np.where(inside, suffixes, len(data)), groups)
+    first = np.repeat(first, np.diff(groups, append=len(data)))
+    starts = suffixes[inside & (suffixes - first >= _BYTES)]
+    steps = np.zeros(len(data) + 1, np.int8)
+    steps[starts] += 1
+    steps[starts + _BYTES] -= 1
+    return np.cumsum(steps[:-1], dtype=np.int32) > 0
+
+
+def _need(*libraries: str) -> None:
+    for library in libraries:
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f"bench dedup needs {library}: pip install 'rmft-jax[bench]'")

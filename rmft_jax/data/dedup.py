@@ -2,14 +2,13 @@
 
 The rival method "deduplication" of the RMFT paper (Joshi & Smith, arXiv 2512.03310): MinHash LSH at
 Jaccard 0.8 with 128 permutations, then exact substrings of >= 100 bytes. Here the second step works on token
-ids, because a byte-level cut can split a UTF-8 character. Exact substrings by suffix array follow Lee et al.
-2021, arXiv 2107.06499.
+ids, because a byte-level cut can split a UTF-8 character. Exact substrings follow Lee et al. 2021,
+arXiv 2107.06499, by hashes of windows and not by a suffix array: only one length is asked for.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from pydivsufsort import divsufsort, kasai
 from rensa import RMinHashDeduplicator
 
 # Weights of the two error areas when bands are chosen. Every LSH candidate is verified against its signature,
@@ -82,7 +81,7 @@ def repeated_substrings(tokens: np.ndarray, document_ids: np.ndarray, *, min_tok
         ValueError: If min_tokens < 1, or the arrays are not integer, not 1-D or differ in length.
 
     Source:
-        Lee et al. 2021, arXiv 2107.06499 (exact substrings by suffix array); Joshi & Smith, arXiv 2512.03310.
+        Lee et al. 2021, arXiv 2107.06499 (exact substrings); Joshi & Smith, arXiv 2512.03310.
     """
     tokens, document_ids = np.asarray(tokens), np.asarray(document_ids)
     _check_token_arguments(tokens, document_ids, min_tokens)
@@ -92,19 +91,58 @@ def repeated_substrings(tokens: np.ndarray, document_ids: np.ndarray, *, min_tok
     # No separators, which would add a symbol per document: equal windows are found across borders too, and
     # starts whose window leaves its document are ignored. Exact, as equality needs only the window itself.
     inside = np.arange(size) + min_tokens <= _document_ends(document_ids)
-    starts = _repeated_starts(_to_native(tokens), inside, min_tokens)
+    starts = _repeated_starts(tokens, inside, min_tokens) if inside.any() else np.zeros(0, np.int64)
     return _cover(starts, min_tokens, size)
 
 
 def _repeated_starts(tokens: np.ndarray, inside: np.ndarray, min_tokens: int) -> np.ndarray:
-    """Return the starts of windows, among those inside, that equal a window ending before them."""
-    suffixes = divsufsort(tokens)
-    common = kasai(tokens, suffixes)  # common[i] is shared by suffixes i and i + 1.
-    groups = np.concatenate(([0], np.flatnonzero(common[:-1] < min_tokens) + 1))
-    allowed = inside[suffixes]
-    first = np.minimum.reduceat(np.where(allowed, suffixes, tokens.size), groups)
-    first = np.repeat(first, np.diff(groups, append=tokens.size))
-    return suffixes[allowed & (suffixes - first >= min_tokens)]
+    """Return the starts of windows, among those inside, that equal a window ending before them.
+
+    Windows are grouped by a hash of 64 bits and held against the first of their group, token by token. Should one
+    differ, another hash is taken, so the result is exact.
+    """
+    starts = np.flatnonzero(inside)
+    for seed in range(1, 100):
+        hashes = _window_hashes(tokens, min_tokens, seed)[starts]
+        order = np.argsort(hashes)
+        hashes, ordered = hashes[order], starts[order]
+        groups = np.concatenate(([0], np.flatnonzero(hashes[1:] != hashes[:-1]) + 1))
+        first = np.repeat(np.minimum.reduceat(ordered, groups), np.diff(groups, append=len(ordered)))
+        later = ordered - first >= min_tokens
+        if _are_equal(tokens, ordered[later], first[later], min_tokens):
+            return ordered[later]
+    raise AssertionError("hashes of 64 bits collided 99 times")
+
+
+def _window_hashes(tokens: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """Return uint64 [N - length + 1]: a polynomial hash of every window, modulo 2^64 (Karp and Rabin 1987)."""
+    base = 0x9E3779B97F4A7C15 * (2 * seed + 1) % 2**64  # odd, so it has an inverse
+    mixed = (tokens.astype(np.uint64) + np.uint64(seed)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(32)
+    sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(mixed * _powers(base, len(tokens)), dtype=np.uint64)))
+    return (sums[length:] - sums[:-length]) * _powers(pow(base, -1, 2**64), len(tokens) - length + 1)
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    """Return base^0 ... base^(count - 1) modulo 2^64, uint64 [count]."""
+    factors = np.full(count, base, np.uint64)
+    factors[:1] = 1
+    return np.multiply.accumulate(factors)
+
+
+def _are_equal(tokens: np.ndarray, starts: np.ndarray, others: np.ndarray, length: int) -> bool:
+    """Return whether the windows at `starts` equal those at `others`.
+
+    Where the pair before, one token to the left of both, is among them, only the last token is left to compare.
+    """
+    other = np.full(len(tokens) + 1, -2, np.int64)
+    other[starts] = others
+    if not np.array_equal(tokens[starts + length - 1], tokens[others + length - 1]):
+        return False
+    heads = other[starts - 1] != others - 1
+    starts, others = starts[heads], others[heads]
+    return all(np.array_equal(tokens[starts + k], tokens[others + k]) for k in range(length - 1))
 
 
 def _cover(starts: np.ndarray, length: int, size: int) -> np.ndarray:
@@ -120,11 +158,6 @@ def _document_ends(document_ids: np.ndarray) -> np.ndarray:
     borders = np.flatnonzero(document_ids[1:] != document_ids[:-1]) + 1
     bounds = np.concatenate(([0], borders, [document_ids.size]))
     return np.repeat(bounds[1:], np.diff(bounds))
-
-
-def _to_native(tokens: np.ndarray) -> np.ndarray:
-    """Copy tokens to a writable, contiguous array in native byte order; kasai refuses anything else."""
-    return np.array(tokens, dtype=tokens.dtype.newbyteorder("="), order="C")
 
 
 def _choose_bands(threshold: float, num_perm: int) -> int:
