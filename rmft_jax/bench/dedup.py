@@ -81,7 +81,7 @@ def run(config: Config, peer: str = "", *, rounds: int = 3) -> dict:
         "exact_ratio": ratio(slice(1, 2), slice(3, 4)),
         "agreement_pct": float(100 * np.mean(found["ours"][0] == found["peer"][0])),
         "removed_pct": {which: round(float(share), 2) for which, (_, share) in found.items()},
-        "runs": [[round(x, 4) for x in run] for run in runs],
+        "runs": runs,
     }
 
 
