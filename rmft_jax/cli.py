@@ -51,8 +51,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from rmft_jax.config import load_config
 
     settings = load_config(config, overrides or [])
+    from rmft_jax.devices import use_cores
     from rmft_jax.training.loop import train
 
+    use_cores(settings)
     print(train(settings))
 
 
@@ -63,9 +65,11 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Attack every checkpoint of RUN...: what was memorized comes out as TER, SER, TEGR."""
+    from rmft_jax.devices import use_cores
     from rmft_jax.memorization.extraction import audit
 
     paths, overrides = _split(runs)
+    use_cores()
     results = audit(paths, overrides, reveal=reveal)
     if as_json:
         print(json.dumps(results))
@@ -117,7 +121,9 @@ def demo(
 
     settings = load_config(config, [f"out={out}", *(overrides or [])])
     from rmft_jax.demo import demo
+    from rmft_jax.devices import use_cores
 
+    use_cores(settings)
     results, path = demo(settings)
     _print_table(results)
     print(f"report: {path}")
@@ -133,9 +139,11 @@ def study(
 ) -> None:
     """Repeat a published study: train, attack and compare every method under several seeds; what holds, what does not."""
     from rmft_jax.config import load_config
+    from rmft_jax.devices import use_cores
     from rmft_jax.studies import run_study
 
     settings = load_config(config, overrides or [])
+    use_cores(settings)
     results = run_study(name, settings, command=_command())
     if as_json:
         print(json.dumps(results))
@@ -158,8 +166,11 @@ def bench(
     """Measure this machine, ours and the peer in turn in one run."""
     from rmft_jax.bench import run_bench
     from rmft_jax.config import load_config
+    from rmft_jax.devices import use_cores
 
-    result = run_bench(name, load_config(config, overrides or []), peer)
+    settings = load_config(config, overrides or [])
+    use_cores(settings)
+    result = run_bench(name, settings, peer)
     if as_json:
         print(json.dumps(result))
         return

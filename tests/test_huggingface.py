@@ -8,7 +8,7 @@ import pytest
 
 from rmft_jax.config import ModelConfig
 from rmft_jax.errors import UserError
-from rmft_jax.models.gpt import forward, init_params, prefill
+from rmft_jax.models.gpt import forward, init_params, prefill, unstack
 from rmft_jax.models.huggingface import export_llama, import_llama
 
 CONFIG = ModelConfig(layers=3, width=48, heads=4, mlp_width=80, rope_base=5000.0)
@@ -48,7 +48,7 @@ def test_transformers_computes_the_same_logits(tmp_path, params):
     with torch.inference_mode():
         mask = torch.from_numpy(valid).long()
         padded = model(torch.from_numpy(tokens).long(), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0))
-    last, _ = prefill(params, CONFIG, tokens, valid, cache_length=17)
+    last, _ = prefill(unstack(params), CONFIG, tokens, valid, cache_length=17)
     np.testing.assert_allclose(last, padded.logits[:, -1].numpy(), atol=1e-4)
 
 

@@ -19,6 +19,7 @@ from rmft_jax.bench import environment
 from rmft_jax.config import Config
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tokenizer import BOS, EOS
+from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
 from rmft_jax.memorization.prompts import Prompts, build_prompts
@@ -100,18 +101,23 @@ def _params(config: Config, prepared: Prepared) -> dict:
     key = jax.random.key(config.seed)
     make = jax.jit(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     if not config.training.init_from:
-        return make()
+        return jax.device_put(make(), everywhere())
     checkpoints, step = Checkpoints.open(Path(config.training.init_from))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     tree = {"params": jax.eval_shape(make)}
-    params = checkpoints.restore(step, abstract(tree, jax.tree.map(lambda _: here, tree)), items=("params",))["params"]
+    target = abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
+    params = checkpoints.restore(step, target, items=("params",))["params"]
     checkpoints.close()
     return params
 
 
 def _ours(config: Config, params: dict) -> Callable[[Prompts], np.ndarray]:
     decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=jnp.float32)
-    return lambda rows: np.asarray(decoder(params, rows.tokens, rows.valid))
+
+    def generate(rows: Prompts) -> np.ndarray:
+        index = np.minimum(np.arange(rows_for(len(rows.tokens))), len(rows.tokens) - 1)
+        return np.asarray(decoder(params, *spread_rows(rows.tokens[index], rows.valid[index])))[: len(rows.tokens)]
+
+    return generate
 
 
 def _transformers(config: Config, folder: Path) -> Callable[[Prompts], np.ndarray]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rmft_jax.config import ModelConfig
-from rmft_jax.models.gpt import decode, prefill
+from rmft_jax.models.gpt import decode, prefill, unstack
 
 
 def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dtype=jnp.float32) -> Callable:
@@ -20,18 +20,19 @@ def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dt
 
     def generate(params, tokens, valid):
         batch, length = tokens.shape
-        logits, cache = prefill(params, config, tokens, valid, cache_length=length + new_tokens, dtype=dtype)
+        params = unstack(params, dtype)
+        logits, cache = prefill(params, config, tokens, valid, cache_length=length + new_tokens)
         room = jnp.zeros((batch, new_tokens), bool)
         valid = jnp.concatenate([valid, room], axis=1)
 
         def pick(logits, ended):
-            token = jnp.where(ended, end_id, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+            token = jnp.where(ended, end_id, _argmax(logits))
             return token, ended | (token == end_id)
 
         def step(carry, at):
             token, ended, valid, cache = carry
             valid = valid.at[:, at].set(True)
-            logits, cache = decode(params, config, token, at, valid, cache, dtype=dtype)
+            logits, cache = decode(params, config, token, at, valid, cache)
             following, ended = pick(logits, ended)
             return (following, ended, valid, cache), token
 
@@ -41,3 +42,9 @@ def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dt
         return jnp.concatenate([before.T, last[:, None]], axis=1)
 
     return jax.jit(generate)
+
+
+def _argmax(logits):
+    """Return the first index of the largest value, int32 [B]; on CPU faster than `jnp.argmax`."""
+    number = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    return jnp.min(jnp.where(logits == logits.max(axis=-1, keepdims=True), number, logits.shape[-1] - 1), axis=-1)

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     """Rotate pairs of features by angles that grow with the position (Su et al. 2021, RoFormer, arXiv 2104.09864).
 
-    x: [B, T, H, D] with D even; feature i pairs with i + D/2. positions: int32 [B, T]. Returns x's shape and dtype.
+    x: [B, H, T, D] with D even; feature i pairs with i + D/2. positions: int32 [B, T]. Returns x's shape and dtype.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[:, None, :, None].astype(jnp.float32) * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -22,13 +22,13 @@ def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention with the scores in float32.
 
-    q: [B, T, H, D]; k, v: [B, S, H, D]; mask: bool [B, T, S], True = may attend. Returns [B, T, H, D] in q's dtype. A
+    q: [B, H, T, D]; k, v: [B, H, S, D]; mask: bool [B, T, S], True = may attend. Returns [B, H, T, D] in q's dtype. A
     query that may attend to nothing gets a finite result, which the caller must not use.
     """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bhts,bshd->bthd", weights, v)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:

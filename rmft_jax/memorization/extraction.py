@@ -11,6 +11,7 @@ import numpy as np
 from rmft_jax.config import Config, load_config
 from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tokenizer import EOS, Tokenizer
+from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.generation.greedy import make_greedy_decoder
@@ -162,7 +163,7 @@ def _model(config: Config, prepared: Prepared, params: dict) -> Model:
 
 
 def _target(config: Config, prepared: Prepared) -> dict:
-    """Return the shapes that an audit restores, on one device."""
+    """Return the shapes that an audit restores, whole on every device."""
     key = jax.random.key(0)
     params = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     tree = {
@@ -170,18 +171,17 @@ def _target(config: Config, prepared: Prepared) -> dict:
         "seen": jax.ShapeDtypeStruct((max(1, prepared.identities),), bool),
         "step": jax.ShapeDtypeStruct((), np.int32),
     }
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return abstract(tree, jax.tree.map(lambda _: here, tree))
+    return abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
 
 
 def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
-    """Decode all prompts; the last batch is filled up, so that one program serves them all."""
+    """Decode all prompts on all devices; the last batch is filled up, so that one program serves them all."""
     total = len(prompts.tokens)
-    batch_size = min(batch_size, total)
+    batch_size = rows_for(min(batch_size, total))
     out = []
     for begin in range(0, total, batch_size):
         index = np.minimum(np.arange(begin, begin + batch_size), total - 1)
-        out.append(np.asarray(decoder(params, prompts.tokens[index], prompts.valid[index])))
+        out.append(np.asarray(decoder(params, *spread_rows(prompts.tokens[index], prompts.valid[index]))))
     return np.concatenate(out)[:total]
 
 

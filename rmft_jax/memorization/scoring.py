@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmft_jax.config import ModelConfig
+from rmft_jax.devices import rows_for, spread_rows
 from rmft_jax.kernels import filtered_log_prob, token_nll, vocabulary_statistics
 from rmft_jax.models.gpt import forward
 
@@ -69,12 +70,12 @@ class Model:
         Place t is about token t, given those before it in the row.
         """
         count, length = rows.tokens.shape
-        size = max(1, min(self.batch_size, count, _LOGITS // (length * self.vocab_size)))
+        size = rows_for(max(1, min(self.batch_size, count, _LOGITS // (length * self.vocab_size))))
         program = _program(self.config, tuple(fields), sampling, self.dtype)
         out: dict[str, list[np.ndarray]] = {name: [] for name in fields}
         for begin in range(0, count, size):
             index = np.minimum(np.arange(begin, begin + size), count - 1)  # the last batch is filled up: one program for all
-            for name, values in program(self.params, rows.tokens[index], rows.end[index]).items():
+            for name, values in program(self.params, *spread_rows(rows.tokens[index], rows.end[index])).items():
                 out[name].append(np.asarray(values))
         counts = rows.counts
         whole = {name: np.concatenate(values)[:count] for name, values in out.items()}

@@ -55,10 +55,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTE, positions, attend):
         batch, length, width = x_BTE.shape
-        q, k, v = jnp.split(self.qkv(x_BTE).reshape(batch, length, 3 * self.heads, -1), 3, axis=2)
+        heads = self.qkv(x_BTE).reshape(batch, length, 3 * self.heads, -1).swapaxes(1, 2)
+        q, k, v = jnp.split(heads, 3, axis=1)  # [B, H, T, D]
         q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)
-        attended, kept = attend(q, k, v)
-        return self.out(attended.reshape(batch, length, width)), kept
+        attended, kept = attend(q, k, v)  # of all positions, or of the last ones
+        return self.out(attended.swapaxes(1, 2).reshape(batch, -1, width)), kept
 
 
 class MLP(nnx.Module):
@@ -92,7 +93,7 @@ class Block(nnx.Module):
         drop: what to do to the attention's branch (number 0) and the MLP's (1) before they are added.
         """
         attended, kept = self.attention(self.attention_norm(x_BTE), positions, attend)
-        x_BTE = x_BTE + drop(attended, 0)
+        x_BTE = x_BTE[:, -attended.shape[1] :] + drop(attended, 0)
         return x_BTE + drop(self.mlp(self.mlp_norm(x_BTE)), 1), kept
 
 
@@ -175,57 +176,62 @@ def _drop(x, probability: float, key, number: int):
     return jnp.where(kept, x / (1 - probability), 0).astype(x.dtype)
 
 
-def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: int, dtype=jnp.float32):
-    """Read left-padded prompts and return the logits of their last token [B, V] and the Cache of length S.
+def unstack(params: dict, dtype=jnp.float32) -> dict:
+    """Return the parameters as `prefill` and `decode` read them: in `dtype`, blocks as a tuple with a dict for each layer.
 
-    tokens: int32 [B, P]; valid: bool [B, P], False on the padding at the left. cache_length: S >= P.
+    Taken apart once, outside the loop over tokens: sliced in it, every weight is copied for every token.
     """
     params = jax.tree.map(lambda x: x.astype(dtype), params)
+    layers = len(jax.tree.leaves(params["blocks"])[0])
+    return params | {"blocks": tuple(jax.tree.map(lambda p, n=n: p[n], params["blocks"]) for n in range(layers))}
+
+
+def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: int):
+    """Read left-padded prompts and return the logits of their last token [B, V] and the Cache of length S.
+
+    params: from `unstack`. tokens: int32 [B, P]; valid: bool [B, P], False on the padding at the left. cache_length: S >= P.
+    """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
     mask = causal_mask(valid.astype(jnp.int32))
-
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
 
-    def attend(q, k, v):
-        return attention(q, k, v, mask), Cache(*(jnp.pad(x.swapaxes(1, 2), room) for x in (k, v)))
+    def attend(q, k, v, queries):
+        kept = tuple(jnp.pad(x, room) for x in (k, v))
+        return attention(q[:, :, -queries:], k, v, mask[:, -queries:]), kept
 
-    def body(x, block):
-        return _run_block(config, block, x, positions, attend)
+    x = params["embed"][tokens]
+    caches = []
+    for number, block in enumerate(params["blocks"], 1):
+        queries = length if number < len(params["blocks"]) else 1  # of the last block, only the last position is needed
+        x, kept = _run_block(config, block, x, positions, functools.partial(attend, queries=queries))
+        caches.append(kept)
+    return _normalise(x[:, -1], params["final_norm"]["scale"]) @ params["embed"].T, Cache(*zip(*caches, strict=True))
 
-    x, cache = jax.lax.scan(body, params["embed"][tokens], params["blocks"])
-    cache = Cache(tuple(cache.k), tuple(cache.v))
-    return _normalise(x[:, -1], params["final_norm"]["scale"]) @ params["embed"].T, cache
 
-
-def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache, *, dtype=jnp.float32):
+def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache):
     """Read one token a row, at cache position `at`, and return the logits [B, V] and the new Cache.
 
-    token: int32 [B]; at: int32 scalar; valid: bool [B, S], which cache positions hold text once this token is in.
+    params: from `unstack`. token: int32 [B]; at: int32 scalar; valid: bool [B, S], which cache positions hold text once this
+    token is in.
     """
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
     positions = jnp.broadcast_to(at, (token.shape[0], 1))
 
+    def attend(q, k, v, old):
+        # A pair of arrays a layer: XLA writes each in place, where a scan over layers would copy all of it.
+        kept = tuple(jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0)) for x, new in zip(old, (k, v), strict=True))
+        return _attend_one(q, *kept, valid), kept
+
     x = params["embed"][token][:, None]
-    layers = []
-    # Unrolled, a pair of arrays a layer: XLA then writes each cache in place, where a scan would copy all of it.
-    for number in range(config.layers):
-
-        def attend(q, k, v, number=number):
-            def write(old, new):
-                return jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2), (0, 0, at, 0))
-
-            kept = write(cache.k[number], k), write(cache.v[number], v)
-            return _attend_one(q, *kept, valid), kept
-
-        x, kept = _run_block(config, jax.tree.map(lambda p, n=number: p[n], params["blocks"]), x, positions, attend)
-        layers.append(kept)
-    cache = Cache(*zip(*layers, strict=True))
-    return _normalise(x[:, 0], params["final_norm"]["scale"]) @ params["embed"].T, cache
+    caches = []
+    for block, *old in zip(params["blocks"], *cache, strict=True):
+        x, kept = _run_block(config, block, x, positions, functools.partial(attend, old=old))
+        caches.append(kept)
+    return _normalise(x[:, 0], params["final_norm"]["scale"]) @ params["embed"].T, Cache(*zip(*caches, strict=True))
 
 
 def _attend_one(q, k, v, valid):
-    """Attend with one query a row. q: [B, 1, H, D]; k, v: [B, H, S, D]; valid: bool [B, S]. Returns [B, 1, H, D]."""
-    scores = jnp.einsum("bhd,bhsd->bhs", q[:, 0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    """Attend with one query a row. q: [B, H, 1, D]; k, v: [B, H, S, D]; valid: bool [B, S]. Returns [B, H, 1, D]."""
+    scores = jnp.einsum("bhd,bhsd->bhs", q[:, :, 0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(valid[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum("bhs,bhsd->bhd", weights.astype(v.dtype), v)[:, None]
+    return jnp.einsum("bhs,bhsd->bhd", weights.astype(v.dtype), v)[:, :, None]
