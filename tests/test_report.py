@@ -58,6 +58,7 @@ def make_comparison(slot: int) -> dict:
         "ter_reduction_pct": cut, "ter_reduction_pct_ci": [low, high],
         "ser_reduction_pct": -cut, "ser_reduction_pct_ci": [-high, -low],
         "perplexity_increase_pct": slot * 1.7532, "perplexity_increase_pct_ci": [slot * 1.1, slot * 2.2],
+        "perplexity_other_increase_pct": slot * 0.7531, "perplexity_other_increase_pct_ci": [slot * 0.1, slot * 1.2],
         "mdp": slot * 0.0512345, "mdp_ci": [slot * 0.04, slot * 0.06],
         "aurc": 5.0 / (slot + 1), "aurc_ci": [4.0 / (slot + 1), 6.0 / (slot + 1)],
         "maxter": {"tau": tau, "maxter": maxter},
@@ -208,11 +209,11 @@ def test_summary_figures_stand_under_their_headings(results, write):
     scoped = page.having("scope", inside="summary")
     headings = [item["text"].replace("%", "") for item in scoped if item["attrs"]["scope"] == "col"]
     assert headings == ["Run", "TER", "SER", "TEGR", "TER cut", "SER cut", "Perplexity", "PII perplexity",
-                        "Perplexity increase", "MDP", "AURC"]
+                        "Perplexity increase", "Increase outside PII", "MDP", "AURC"]
     paths = [item["attrs"]["data-path"] for item in page.having("data-path", inside="summary")]
     metrics = [path.rpartition(".")[2] for path in paths if "_ci" not in path]
-    assert metrics == ["ter", "ser", "tegr", "ter_reduction_pct", "ser_reduction_pct", "perplexity",
-                       "perplexity_pii", "perplexity_increase_pct", "mdp", "aurc"] * len(RUNS)
+    assert metrics == ["ter", "ser", "tegr", "ter_reduction_pct", "ser_reduction_pct", "perplexity", "perplexity_pii",
+                       "perplexity_increase_pct", "perplexity_other_increase_pct", "mdp", "aurc"] * len(RUNS)
 
 
 def test_verdict_says_what_leaked_and_what_is_not_settled(results, write):
@@ -301,6 +302,82 @@ def test_points_stand_where_their_values_belong(results, write, plot):
             assert place == pytest.approx(start + (number - low) / (high - low) * (stop - start), abs=0.02)
 
 
+@pytest.fixture
+def with_attacks(results):
+    """Return the results with metrics at each last checkpoint (the middle run has fewer) and with claims."""
+    for slot, run in enumerate(RUNS):
+        results["runs"][run]["checkpoints"][-1]["metrics"] = {
+            "similarity": {"prompts": 200 + slot, "mean": 0.41234 + slot / 10, "mean_ci": [0.4, 0.7]},
+            "k_eidetic": {"buckets": [
+                {"documents": name, "at_most": most, "values": 300, "extracted": 3, "rate_pct": 1.2345 * (index + 1 + slot),
+                 "rate_pct_ci": [0.5, 9.5], "k_eidetic": index}
+                for index, (name, most) in enumerate((("1", 1), ("2", 2), ("3+", None))[: 2 if slot == 1 else 3])]},
+            "exposure": {"unit": "bits", "chance": 1.4426950, "references": 250, "repetitions": [
+                {"repetitions": count, "canaries": 4, "by_rank": 1.98765 + slot + count / 7, "by_rank_ci": [1.1, 7.9],
+                 "by_fit": None, "by_fit_ci": None} for count in (1, 16)]},
+        }
+    results["study"] = {"name": "rmft", "seeds": 2, "planned_seeds": 3}
+    claim = {"id": "a", "source": "paper & co", "statement": "A <b>claim</b>", "expected": 80.81, "measured": 79.54321,
+             "interval": [76.25, 85.75], "holds": True, "settled": False}
+    results["claims"] = [claim, claim | {"measured": None, "interval": None, "holds": False, "settled": True}]
+    return results
+
+
+def test_further_attacks_and_claims_are_on_the_page(with_attacks, write):
+    page = write(with_attacks)
+    for item in page.having("data-value"):
+        value = resolve(with_attacks, item["attrs"]["data-path"])
+        assert json.loads(item["attrs"]["data-value"]) == value
+        if item["tag"] == "span":
+            assert_rounded(item["text"], value, item["attrs"]["data-path"])
+    headings = " ".join(item["text"] for item in page.elements if item["tag"] == "th" and "attacks" in item["inside"])
+    assert "Similarity" in headings and "Exposure, 1×" in headings and "Exposure, 16×" in headings and "AUC" not in headings
+    shown = {item["attrs"]["data-path"] for item in page.having("data-path", inside="measurements")}
+    for path, value in leaves(with_attacks["runs"]):
+        named = path[-1] in ("repetitions", "at_most")  # the first is in the row's name, null in the second is "no end"
+        if "metrics" in path and value is not None and not named:
+            assert path_text(("runs", *path)) in shown
+    table = page.by_id("claims")["text"]
+    assert "A <b>claim</b>" in table and "paper & co" in table and "yes, not settled" in table and "no" in table
+    assert "2 of 3 seeds" in " ".join(item["text"] for item in page.elements if item["tag"] == "p")
+
+
+@pytest.mark.parametrize("plot, names, count", [("occurrences", ["1", "2", "3+"], 8), ("exposure", ["1", "16"], 6)])
+def test_named_places_of_the_x_axis(with_attacks, write, plot, names, count):
+    page = write(with_attacks)
+    ticks = [item["text"] for item in page.elements if plot_tick(item, plot)]
+    assert ticks == names
+    points = [item["attrs"] for item in page.having("data-x-path", inside=f"plot-{plot}")]
+    assert len(points) == count
+    places = {}
+    for point in points:
+        name = resolve(with_attacks, point["data-x-path"])
+        assert json.loads(point["data-x-value"]) == name
+        places.setdefault(str(name), set()).add(point["cx"])
+    assert all(len(at) == 1 for at in places.values()) and sorted(places, key=lambda n: min(map(float, places[n]))) == names
+
+
+def plot_tick(item, plot):
+    """Tell whether an element is the label of a tick of the x axis of a plot."""
+    return item["tag"] == "text" and item["attrs"].get("class") == "xtick" and f"plot-{plot}" in item["inside"]
+
+
+def test_verdict_of_many_runs_has_a_line_for_each(results, write):
+    for number in range(3):
+        for part in ("runs", "comparison"):
+            results[part][f"more{number}"] = copy.deepcopy(results[part]["rmft.p0.5"])
+    for run in results["runs"].values():
+        run["mean"] = {"all": {"ter": 2.34567, "ter_ci": [1.0, 4.0]}}
+    page = write(results)
+    turns = [item["text"].replace("\u00a0", " ") for item in page.elements if item["attrs"].get("class") == "turn"]
+    assert len(turns) == 6 and turns[0] == "baseline: on average 2.35 % of the addresses."
+    assert turns[1] == ("rmft.p0.5: on average 2.35 % of the addresses, a reduction of 44.4 % (interval 34.6 to 53.2 %); "
+                        "perplexity +1.8 % (interval 1.1 to 2.2 %).")
+    marks = [item["attrs"] for item in page.elements if item["attrs"].get("class") == "mark"]
+    heights = sorted(float(mark["y"]) for mark in marks if mark["x"] == marks[1]["x"])
+    assert len(heights) >= 4 and all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
+
+
 def test_null_breaks_the_line_and_the_band(results, write):
     page = write(results)
     lines = [item for item in page.elements if item["tag"] == "path" and "plot-perplexity" in item["inside"]
@@ -361,7 +438,7 @@ def test_terminal_table_shows_the_same_rounded_figures(results, write):
     for run in RUNS:
         (start,) = [index for index, line in enumerate(lines) if line.startswith(run[:17])]
         cells = lines[start][18:].split()
-        assert len(cells) == 10
+        assert len(cells) == 11
         row = [item for item in page.having("data-path", inside="summary")
                if path_text((run,)) in item["attrs"]["data-path"]]
         shown = [item for item in row if "_ci" not in item["attrs"]["data-path"]]

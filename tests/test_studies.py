@@ -54,7 +54,7 @@ def test_study_trains_every_method_from_one_start_and_at_both_budgets(study):
         settings = yaml.safe_load((out / "seed-0" / "runs" / name / "config.yaml").read_text())
         assert settings["training"]["init_from"] == str(out / "pretrain" / "runs" / "pretrained")
     assert {claim["id"] for claim in results["claims"]} == {"canary-baseline"}
-    assert "exposure rises" in done.stdout
+    assert "exposure of baseline rises from 1 to 4 repetitions" in done.stdout
 
 
 def test_study_goes_on_where_it_was_interrupted(study):

@@ -13,7 +13,7 @@ from rich.text import Text
 from rmft_jax.files import write_text
 from rmft_jax.report.plots import charts, style_classes
 from rmft_jax.report.verdict import verdict
-from rmft_jax.report.view import MISSING, View, lookup, show
+from rmft_jax.report.view import MISSING, View, is_number, lookup, show
 
 
 class Column(NamedTuple):
@@ -35,9 +35,42 @@ SUMMARY = (
     Column("last", "perplexity", "Perplexity", "", "PPL\n"),
     Column("last", "perplexity_pii", "PII perplexity", "", "PII\nPPL"),
     Column("comparison", "perplexity_increase_pct", "Perplexity increase", "%", "PPL\nup %"),
+    Column("comparison", "perplexity_other_increase_pct", "Increase outside PII", "%", "not PII\nup %"),
     Column("comparison", "mdp", "MDP", "", "MDP\n"),
     Column("comparison", "aurc", "AURC", "", "AURC\n"),
 )
+
+
+class Attack(NamedTuple):
+    """One column of further attacks: its heading, unit, and path below a checkpoint's metrics."""
+
+    heading: str
+    unit: str
+    path: tuple
+
+
+ATTACKS = (
+    Attack("Similarity", "", ("similarity", "mean")),
+    Attack("Log-prob. gap", "nats", ("log_probability_gap", "mean")),
+    Attack("Discoverable 50/50", "%", ("discoverable_50", "rate_pct")),
+    Attack("Extraction strength", "", ("extraction_strength", "mean")),
+    Attack("AUC, loss", "", ("membership", "attacks", "loss", "auc")),
+    Attack("AUC, zlib", "", ("membership", "attacks", "zlib", "auc")),
+    Attack("AUC, min-k%", "", ("membership", "attacks", "min_k", "auc")),
+    Attack("AUC, min-k%++", "", ("membership", "attacks", "min_k_plus_plus", "auc")),
+    Attack("AUC, reference", "", ("membership", "attacks", "reference", "auc")),
+)
+
+
+def attacks(view: View) -> list[Attack]:
+    """Return the columns of the further attacks that some run has a figure for; exposure for each number of repetitions."""
+    entries = max((view.value(*view.last(run, "metrics", "exposure", "repetitions")) or [] for run in view.runs),
+                  key=len, default=[])
+    columns = [*ATTACKS, *(
+        Attack(f"Exposure, {entry['repetitions']}×", "bits", ("exposure", "repetitions", index, "by_rank"))
+        for index, entry in enumerate(entries))]
+    has = lambda column, run: is_number(view.value(*view.last(run, "metrics", *column.path)))  # noqa: E731
+    return [column for column in columns if any(has(column, run) for run in view.runs)]
 
 
 def summary_path(view: View, run: str, column: Column) -> tuple:
@@ -62,7 +95,7 @@ def render(results: dict) -> str:
     view = View(results)
     return _template().render(
         view=view, num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view),
-        charts=charts(view), classes=style_classes, path_of=partial(summary_path, view))
+        charts=charts(view), classes=style_classes, attacks=attacks(view), path_of=partial(summary_path, view))
 
 
 def write_report(results: dict, path: Path) -> Path:

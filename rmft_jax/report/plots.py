@@ -16,7 +16,7 @@ COLOURS = 7
 
 @dataclass(frozen=True)
 class Point:
-    """One place on a line; y is None where the value is null."""
+    """One place on a line; y is None where the value is null. x_name: what stands at `x_path`, if x is only its place."""
 
     x: float
     y: float | None
@@ -25,6 +25,7 @@ class Point:
     path: tuple
     x_path: tuple
     title: str
+    x_name: str | float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _draw_point(point: Point, x: Axis, y: Axis, kind: str) -> Markup:
         '<circle class="{}" cx="{:.2f}" cy="{:.2f}" r="3" data-path="{}" data-value="{}" data-x-path="{}" '
         'data-x-value="{}"><title>{}</title></circle>').format(
             kind, x(point.x), y(point.y), path_text(point.path), json.dumps(point.y),
-            path_text(point.x_path), json.dumps(point.x), point.title)
+            path_text(point.x_path), json.dumps(point.x if point.x_name is None else point.x_name), point.title)
 
 
 def _draw_line(line: Line, x: Axis, y: Axis, step: bool) -> Markup:
@@ -161,35 +162,38 @@ def _draw_line(line: Line, x: Axis, y: Axis, step: bool) -> Markup:
     return Markup("\n").join(parts) + Markup("</g>")
 
 
-def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str) -> Markup:
+def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str, names: list | None = None) -> Markup:
     rule = Markup('<line class="{}" x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}"/>')
     label = Markup('<text class="{}" x="{:.2f}" y="{:.2f}">{}</text>')
     parts = []
     for tick in y_at:
         parts.append(rule.format("grid", LEFT, RIGHT, y(tick), y(tick)))
         parts.append(label.format("ytick", LEFT - 8, y(tick) + 4, tick_text(tick, y_at)))
-    for tick in x_at:
+    for tick, name in zip(x_at, names or [tick_text(tick, x_at) for tick in x_at], strict=True):
         parts.append(rule.format("axis", x(tick), x(tick), BOTTOM, BOTTOM + 4))
-        parts.append(label.format("xtick", x(tick), BOTTOM + 19, tick_text(tick, x_at)))
+        parts.append(label.format("xtick", x(tick), BOTTOM + 19, name))
     parts.append(rule.format("axis", LEFT, RIGHT, BOTTOM, BOTTOM))
     parts.append(label.format("xlabel", (LEFT + RIGHT) / 2, HEIGHT - 6, x_label))
     return Markup("\n").join(parts)
 
 
 def line_chart(
-        lines: list, label: str, x_label: str, from_zero: bool = True, stepped: bool = False) -> Markup:
+        lines: list, label: str, x_label: str, from_zero: bool = True, stepped: bool = False,
+        names: list | None = None) -> Markup:
     """Return the lines as an inline SVG chart.
 
     label: what a screen reader says. from_zero: the y axis starts at zero. stepped: steps over an x axis
-    that starts where the values do, not at zero.
+    that starts where the values do, not at zero. names: of the places 0, 1, ... of the x axis, in place of numbers.
     """
     x_values = [point.x for line in lines for point in line.points] or [0, 1]
     x_at = linear_ticks(min(x_values) if stepped else min(0, min(x_values)), max(x_values))
+    if names:
+        x_at = list(range(len(names)))
     y_at, log = y_ticks(lines, from_zero)
     x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP, log)
     if log:
         x_label += " (y: log scale)"
-    parts = [_draw_axes(x, x_at, y, y_at, x_label)]
+    parts = [_draw_axes(x, x_at, y, y_at, x_label, names)]
     parts += [_draw_line(line, x, y, stepped) for line in reversed(lines)]
     if all(point.y is None for line in lines for point in line.points):
         parts.append(Markup('<text class="xlabel" x="{}" y="{}">no values</text>').format(
@@ -198,8 +202,12 @@ def line_chart(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
 
 
-def _draw_mark(view: View, run: str, slot: int, x_path: tuple, y_path: tuple, x: Axis, y: Axis) -> Markup:
-    """Draw one run's point, the cross of its intervals, and its name."""
+def _draw_mark(
+        view: View, run: str, slot: int, x_path: tuple, y_path: tuple, x: Axis, y: Axis, taken: list) -> Markup:
+    """Draw one run's point, the cross of its intervals, and its name, above the names already there.
+
+    taken: left and right end and height of each name drawn so far; this one's is added.
+    """
     at, up = x(view.value(*x_path)), y(view.value(*y_path))
     cross = Markup('<line class="cross" x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}"/>')
     parts = [Markup('<g class="run {}">').format(style_classes(slot))]
@@ -212,8 +220,13 @@ def _draw_mark(view: View, run: str, slot: int, x_path: tuple, y_path: tuple, x:
     point = Point(view.value(*x_path), view.value(*y_path), None, None, y_path, x_path, title)
     parts.append(_draw_point(point, x, y, "point"))
     anchor = "end" if at > (LEFT + RIGHT) / 2 else "start"
+    start, width, height = at + (-7 if anchor == "end" else 7), 7 * len(run), up - 7
+    left = start - width if anchor == "end" else start
+    while any(left < end and begin < left + width and abs(height - other) < 13 for begin, end, other in taken):
+        height -= 3
+    taken.append((left, left + width, height))
     parts.append(Markup('<text class="mark" text-anchor="{}" x="{:.2f}" y="{:.2f}">{}</text>').format(
-        anchor, at + (-7 if anchor == "end" else 7), up - 7, run))
+        anchor, start, height, run))
     return Markup("\n").join(parts) + Markup("</g>")
 
 
@@ -227,7 +240,8 @@ def pareto_chart(view: View, label: str) -> Markup:
     x_at, y_at = linear_ticks(min(0, *x_values), max(0, *x_values)), linear_ticks(0, max(y_values))
     x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP)
     parts = [_draw_axes(x, x_at, y, y_at, "increase of perplexity, %")]
-    parts += [_draw_mark(view, run, view.runs.index(run), *paths[run], x, y) for run in usable]
+    taken: list = []
+    parts += [_draw_mark(view, run, view.runs.index(run), *paths[run], x, y, taken) for run in usable]
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>').format(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
 
@@ -272,6 +286,24 @@ def _maxter_lines(view: View) -> list:
     return lines
 
 
+def _category_lines(view: View, at: tuple, name: str, metric: str, unit: str) -> tuple[list, list]:
+    """Return the names of the entries of the list at `at`, below the last metrics, and a line per run over them.
+
+    name: the key of an entry that names it. metric: the key of the value. A list of one entry gives no lines.
+    """
+    lists = {run: view.value(*view.last(run, "metrics", *at)) or [] for run in view.runs}
+    names = [entry[name] for entry in max(lists.values(), key=len, default=[])]
+    lines = []
+    for slot, run in enumerate(view.runs):
+        points = []
+        for index, entry in enumerate(lists[run]):
+            path, x_path = (view.last(run, "metrics", *at, index, key) for key in (metric, name))
+            title = _tooltip(view, path, f"{run}, {entry[name]}", unit)
+            points.append(Point(index, _finite(view.value(*path)), *view.bounds(*path), path, x_path, title, entry[name]))
+        lines.append(Line(run, slot, points))
+    return (names, lines) if len(names) > 1 else ([], [])
+
+
 def _aria(view: View, subject: str) -> str:
     return f"Line chart of {subject}, one line per run: {', '.join(view.runs)}. The tables hold the values."
 
@@ -294,4 +326,15 @@ def charts(view: View) -> list:
     if any(is_number(view.value("runs", run, "mean", view.headline, "ter")) for run in view.runs):
         said = f"Mean TER against the increase of perplexity, one point per run: {', '.join(view.runs)}."
         found.append(Chart("pareto", "Leak against cost", "mean TER, %, lower left is better", pareto_chart(view, said)))
+    names, lines = _category_lines(view, ("k_eidetic", "buckets"), "documents", "rate_pct", " %")
+    if names:
+        said = _aria(view, "extracted share over number of documents")
+        found.append(Chart("occurrences", "Extracted, %", "of the values that stand in so many documents, last checkpoint",
+                           line_chart(lines, said, "documents that hold the value", names=names)))
+    names, lines = _category_lines(view, ("exposure", "repetitions"), "repetitions", "by_rank", " bits")
+    if names:
+        said, chance = _aria(view, "exposure over repetitions"), show(view.value(*view.last(view.runs[0], "metrics",
+                                                                                          "exposure", "chance")))
+        found.append(Chart("exposure", "Exposure, bits", f"of planted canaries, {chance} by chance, last checkpoint",
+                           line_chart(lines, said, "repetitions of the canary", names=names)))
     return found

@@ -4,18 +4,35 @@ from markupsafe import Markup
 
 from rmft_jax.report.view import View, is_number
 
+_AT_LENGTH = 4  # runs that the paragraph describes in whole sentences; of more, each gets a line
+
 
 def verdict(view: View) -> Markup:
     """Return the paragraph's sentences, the baseline first, every number tied to its place in the results."""
     if not view.runs:
         return Markup("The results hold no runs.")
     turns = [_setting(view)]
+    if len(view.runs) > _AT_LENGTH:
+        turn = Markup('<span class="turn">{}</span>')
+        return Markup("\n").join([*turns, *(turn.format(_brief(view, run)) for run in view.runs)])
     for run in view.runs:
         sentences = [_leaked(view, run)]
         if run != view.baseline and view.baseline in view.runs:
             sentences += [_reduction(view, run), _cost(view, run, explained=run != view.runs[1])]
         turns.append(Markup('<span class="turn">{}</span>').format(Markup(" ").join(sentences)))
     return Markup("\n").join(turns)
+
+
+def _brief(view: View, run: str) -> Markup:
+    """Return one line: the mean TER, and against the baseline its cut and the cost."""
+    mean, cut, cost = (("runs", run, "mean", view.headline, "ter"), ("comparison", run, "ter_reduction_pct"),
+                       ("comparison", run, "perplexity_increase_pct"))
+    line = Markup("<strong>{}</strong>: on average {}\u00a0% of the addresses").format(run, view.num(*mean))
+    if run == view.baseline or not is_number(view.value(*cut)):
+        return line + "."
+    return line + Markup(", a reduction of {}\u00a0%{}{}; perplexity {}{}\u00a0%{}.").format(
+        view.num(*cut), _bracket(view, cut), _unsettled(view, cut), "+" if (view.value(*cost) or 0) > 0 else "",
+        view.num(*cost), _bracket(view, cost))
 
 
 def _setting(view: View) -> Markup:

@@ -7,10 +7,12 @@ from markupsafe import Markup
 
 DASH = "–"
 MISSING = object()
+_NAMING = ("repetitions", "documents", "n", "p", "fpr_pct")  # what tells apart the entries of a list of measurements
 
 DECIMALS = {
     "ter": 2, "ser": 2, "tegr": 1, "maxter": 2, "tau": 3, "aurc": 3, "mdp": 3, "epoch": 2, "epochs": 1,
     "perplexity": 2, "perplexity_pii": 2, "perplexity_other": 2, "perplexity_increase_pct": 1,
+    "perplexity_other_increase_pct": 1,
     "ter_reduction_pct": 1, "ser_reduction_pct": 1, "pii_repeating_pct": 1,
 }
 
@@ -131,3 +133,27 @@ class View:
         if self.bounds(*parts) == (None, None):
             return self.num(*path)
         return Markup(form).format(self.num(*path, 0), self.num(*path, 1))
+
+    def measurements(self) -> dict:
+        """Return {name: path below `metrics`} of each number that some run has at its last checkpoint."""
+        found = {}
+        for run in self.runs:
+            found.update(_numbers(self.value(*self.last(run, "metrics")) or {}))
+        return found
+
+
+def _numbers(tree: dict | list, name: str = "", path: tuple = ()):
+    """Yield the name and the path of each number in the tree but for the ends of intervals."""
+    if isinstance(tree, list):
+        for index, entry in enumerate(tree):
+            if isinstance(entry, dict):
+                which = ", ".join(f"{key} {entry[key]}" for key in _NAMING if key in entry)
+                rest = {key: value for key, value in entry.items() if key not in _NAMING}
+                yield from _numbers(rest, f"{name} ({which})", (*path, index))
+        return
+    for key, value in tree.items():
+        here = f"{name}, {key}".removeprefix(", ").replace("_", " ")
+        if isinstance(value, (dict, list)) and not key.endswith("_ci"):
+            yield from _numbers(value, here, (*path, key))
+        elif is_number(value):
+            yield here, (*path, key)

@@ -13,7 +13,8 @@ OURS = "this project"
 def rmft_claims(results: dict) -> list[dict]:
     """Return the claims that the methods at hand can settle: id, source, statement, expected, measured, interval, holds.
 
-    results: those of `memorization.compare.comparison`, with runs called rmft, dedup, ours. Every claim bounds a value. It
+    results: those of `memorization.compare.comparison`, with runs called rmft, dedup, ours, and ours_... for its variants,
+    of which only the canaries are looked at. Every claim bounds a value. It
     holds when the measured value keeps the bound; a published figure, or chance, already when the interval reaches it. It
     is settled when the whole interval lies on one side of the bound. Without an interval nothing holds.
     """
@@ -71,7 +72,7 @@ def _ours(results: dict) -> list[dict]:
         _claim("ours-perplexity-other", OURS, "ours raises perplexity outside PII by at most 1%", 1.0,
                ours["perplexity_other_increase_pct"], ours["perplexity_other_increase_pct_ci"], at_most=1.0),
     ]  # fmt: skip
-    others = {name: entry["aurc"] for name, entry in results["comparison"].items() if name != "ours"}
+    others = {name: entry["aurc"] for name, entry in results["comparison"].items() if not _is_ours(name)}
     if ours["aurc"] is not None and None not in others.values():
         best = min(others, key=others.get)
         out.append(_claim("ours-aurc", OURS, f"ours has the lowest AURC (the lowest of the others is {best}'s)",
@@ -80,22 +81,30 @@ def _ours(results: dict) -> list[dict]:
 
 
 def _canaries(results: dict) -> list[dict]:
-    """Exposure of the planted canaries at the last checkpoint; the interval of a difference is the widest of its ends."""
+    """Exposure of the planted canaries at the last checkpoint; the interval of a difference is the widest of its ends.
+
+    The baseline's by fit: by rank it ends at log2(references + 1), which the baseline reaches.
+    """
     out = []
     exposure = lambda run: (results["runs"][run]["checkpoints"][-1].get("metrics") or {}).get("exposure")  # noqa: E731
     baseline = results["settings"]["baseline"]
     if exposure(baseline):
         few, many = (exposure(baseline)["repetitions"][place] for place in (0, -1))
-        ends = [many["by_rank_ci"][0] - few["by_rank_ci"][1], many["by_rank_ci"][1] - few["by_rank_ci"][0]]
-        statement = f"exposure rises from {few['repetitions']} to {many['repetitions']} repetitions, {baseline} (bits)"
-        out.append(_claim("canary-baseline", OURS, statement, 0, many["by_rank"] - few["by_rank"], ends, at_least=0))
-    if "ours" in results["runs"] and exposure("ours"):
-        found = exposure("ours")
-        many = found["repetitions"][-1]
-        statement = f"exposure after {many['repetitions']} repetitions is at most that by chance, ours (bits)"
-        out.append(_claim("canary-ours", OURS, statement, found["chance"], many["by_rank"], many["by_rank_ci"],
-                          at_most=found["chance"], reached=True))  # fmt: skip
+        ends = [many["by_fit_ci"][0] - few["by_fit_ci"][1], many["by_fit_ci"][1] - few["by_fit_ci"][0]]
+        span = f"{few['repetitions']} to {many['repetitions']} repetitions"
+        statement = f"exposure of {baseline} rises from {span} (bits, by fit)"
+        out.append(_claim("canary-baseline", OURS, statement, 0, many["by_fit"] - few["by_fit"], ends, at_least=0))
+    for run in filter(_is_ours, results["runs"]):
+        found = exposure(run) or {"repetitions": []}
+        for entry in found["repetitions"]:
+            statement = f"exposure of {run} is that by chance at {entry['repetitions']} repetitions (bits, by rank)"
+            out.append(_claim(f"canary-{run}-{entry['repetitions']}", OURS, statement, found["chance"], entry["by_rank"],
+                              entry["by_rank_ci"], at_most=found["chance"], reached=True))  # fmt: skip
     return out
+
+
+def _is_ours(run: str) -> bool:
+    return run == "ours" or run.startswith("ours_")
 
 
 def _claim(
