@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -34,8 +35,8 @@ def build_bank(
 
     Three sorts of tables. Invented: the stock of a kind without what the corpus has, so that no combination of surrogates
     and an anchor is a real value, except where a kind's whole stock is real (the common TLDs). Recombined: the corpus' own
-    components, each once for every value that has it, so that surrogates have the corpus' own distribution. Placeholders:
-    one row a type, and an empty one.
+    components, each once for every value that has it, so that surrogates have the corpus' own distribution; but none that
+    one value alone has, which would be as good as that value. Placeholders: one row a type, and an empty one.
 
     Args:
       encode: strings -> token ids, each string as it is encoded in the middle of a line.
@@ -56,10 +57,10 @@ def build_bank(
     tables = [_Table([""], [[]])]
     for number, (type, kind) in enumerate(kinds.names, 1):
         tables.append(_invented(encode, types[type], kind, _reals_like(number, kinds, types, real), rows, seed))
-    recombined = list(range(len(tables)))
+    recombined, shared = list(range(len(tables))), _shared(values)
     for number, (type, kind) in enumerate(kinds.names, 1):
         if kind in types[type].recombines:
-            stock = sorted(text.lower() for text in real.get(number, ()))
+            stock = sorted(shared.get(number, ()))
             table = _table(stock, encode, _REAL_PIECES, rows, seed)
             if table.entries:
                 recombined[number] = len(tables)
@@ -86,6 +87,16 @@ def build_bank(
         values=np.array([component_value(text) for text in texts], np.int32),
         real=_real(values),
     )
+
+
+def _shared(values: list[list[tuple[str, int]]]) -> dict[int, list[str]]:
+    """Return for each kind its components that at least two values have, each once for every value that has it."""
+    having: dict[int, list[str]] = {}
+    for parts in values:
+        for text, kind in {(text.lower(), kind) for text, kind in parts}:
+            having.setdefault(kind, []).append(text)
+    counts = {kind: Counter(texts) for kind, texts in having.items()}
+    return {kind: [text for text in texts if counts[kind][text] > 1] for kind, texts in having.items()}
 
 
 class _Table:
