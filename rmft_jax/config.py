@@ -116,7 +116,7 @@ class MaskingRuleConfig:
     anchor: what stays of a replaced value. random (one component, RMFT) | none | shared (components that at least
     `shared_by` different values of the corpus have, the rarest one never).
     replacement: surrogate | placeholder. stock: where surrogates come from, invented | recombined (from components of other
-    values of the corpus). fresh: other surrogates each epoch; false = the same for the whole training.
+    values of the corpus) | look_alike (the same, with strings like them for components that one value alone has). fresh: other surrogates each epoch; false = the same for the whole training.
     """
 
     policy: str = "keep_first"
@@ -389,7 +389,7 @@ def _masked_by(config: Config) -> set[str]:
 # What each defence is called, and when it is switched on. Weight decay is one where it is not the usual one.
 METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "rmft": lambda config: "invented" in _masked_by(config),
-    "recombination": lambda config: "recombined" in _masked_by(config),
+    "recombination": lambda config: bool({"recombined", "look_alike"} & set(_masked_by(config))),
     "redaction": lambda config: "placeholder" in _masked_by(config),
     "dedup": lambda config: config.dedup.policy != "none",
     "goldfish": lambda config: config.loss.goldfish != "none",
@@ -477,7 +477,7 @@ _RULE_CHOICES = {
     "policy": ("none", "all", "keep_first", "keep_random", "bernoulli", "cap"),
     "anchor": ("random", "none", "shared"),
     "replacement": ("surrogate", "placeholder"),
-    "stock": ("invented", "recombined"),
+    "stock": ("invented", "recombined", "look_alike"),
 }
 _RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
 _MEMBERS = {

@@ -53,7 +53,7 @@ def test_splice_equals_its_reference_on_random_rows():
     counts = np.array([40, 40, 40], np.int32)
     begins = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int32)
     first = np.array([0, 40, 80], np.int32)
-    bank = SurrogateBank(tokens, begins, lengths, none, first, counts, *[none] * 6)
+    bank = SurrogateBank(tokens, begins, lengths, none, first, counts, *[none] * 7)
     fast = jax.jit(splice, static_argnames="length")
     seen_lengths = set()
     for _ in range(300):

@@ -158,39 +158,45 @@ def people(count, seed=1):
     return [f"To: {rng.choice(names[0])}.{rng.choice(names[1])}@alder.example.com\n" for _ in range(count)]
 
 
-def test_recombined_surrogates_are_real_parts_and_never_a_real_value(prepared):
+@pytest.mark.parametrize("stock", ["recombined", "look_alike"])
+def test_surrogates_of_real_parts_are_never_a_real_value(prepared, stock):
     texts = people(40)
     spans, _, records = tagged(texts, prepared.tokenizer)
     real = {span.value for found in spans for span in found}
-    having = collections.Counter(part for value in real for part in set(value.split("@")[0].split(".")))
-    parts = {part for part, count in having.items() if count > 1}
-    alone = set(having) - parts
+    having = collections.Counter(part for value in real for part in value.split("@")[0].split("."))
+    alone = {part for part, count in having.items() if count == 1}
     assert alone  # else nothing shows that they stay out
+    parts = set(having) - (alone if stock == "look_alike" else set())
     bank = bank_of(texts, spans, prepared.tokenizer)
-    seen, invented = collections.Counter(), 0
+    seen, others = collections.Counter(), 0
     for stride in (20_000, 11):  # whole documents; and blocks that cut most addresses in two
         blocks = Blocks(Corpus(records), stride=stride)
         for epoch in range(40):
             rows = [blocks[i] | {"epoch": np.int32(epoch)} for i in range(len(blocks))]
-            masked = mask(rows, bank, length=blocks.width + 40, policy="all", anchor="shared", stock="recombined")
+            masked = mask(rows, bank, length=blocks.width + 40, policy="all", anchor="shared", stock=stock)
             text = prepared.tokenizer.decode(joined(masked))
             for value in (span.value for span in detect(text)):
                 assert value not in real
                 local, host = value.split("@")
                 assert host == "alder.example.com"  # shared by all
-                assert not alone & set(local.split("."))
-                seen.update(part for part in local.split(".") if part in parts)
-                invented += any(part not in parts for part in local.split("."))
+                seen.update(part for part in local.split(".") if part in having)
+                others += any(part not in having for part in local.split("."))
     assert set(seen) == parts
-    assert invented > 100  # what was somebody's own gave way
+    assert others > 100  # what was somebody's own gave way
 
 
-def test_recombined_parts_have_the_distribution_of_the_corpus(prepared):
-    texts = [f"{first}.x{n}@alder.example.com" for n, first in enumerate(["ann"] * 30 + ["bob"] * 10 + ["cid"])]
+def test_stocks_have_the_distribution_of_the_corpus(prepared):
+    names = ["ann"] * 30 + ["bob"] * 10 + ["cid", "dee"]
+    texts = [f"{first}.x{n}@alder.example.com" for n, first in enumerate(names)]
     bank = bank_of(texts, tagged(texts, prepared.tokenizer)[0], prepared.tokenizer)
-    kind = bank.recombined[Detector(PiiConfig()).kinds.number(0, "first")]
-    rows = [prepared.tokenizer.decode(bank.entry(kind, row)) for row in range(bank.counts[kind])]
-    assert collections.Counter(rows) == {"ann": 30, "bob": 10}  # and no "cid", which one value alone has
+    number = Detector(PiiConfig()).kinds.number(0, "first")
+    found = {}
+    for stock in ("recombined", "look_alike"):
+        kind = getattr(bank, stock)[number]
+        rows = [prepared.tokenizer.decode(bank.entry(kind, row)) for row in range(bank.counts[kind])]
+        found[stock] = collections.Counter(rows)
+    assert found["recombined"] == {"ann": 30, "bob": 10, "cid": 1, "dee": 1}
+    assert [found["look_alike"][name] for name in ("ann", "bob", "cid", "dee")] == [30, 10, 0, 0]
 
 
 def test_redaction_writes_one_placeholder_for_each_value(prepared):

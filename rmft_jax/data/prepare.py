@@ -26,7 +26,7 @@ from rmft_jax.pii.spans import Span
 from rmft_jax.pii.values import keyed_hash
 from rmft_jax.progress import say, track
 
-SCHEMA = 2
+SCHEMA = 3
 _SECTIONS = ("source", "tokenizer", "pii")  # what the data depends on; with parts of masking and dedup
 
 

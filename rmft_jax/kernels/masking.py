@@ -85,6 +85,7 @@ class Rule(NamedTuple):
     replacement: surrogate | placeholder (such as [EMAIL] for the whole span).
     stock: where surrogates come from. invented: strings that the corpus' values do not have. recombined: the components of
         other values of the corpus, where the kind allows it; a combination that is a real value gives way to invented ones.
+        look_alike: the same, but without the components that one value alone has, for which strings like them stand.
     fresh: draw other surrogates each epoch; False = the same ones for the whole training.
     """
 
@@ -125,7 +126,7 @@ POLICIES: dict[str, Callable[[Spans, Rule], jax.Array]] = {
 }
 ANCHORS = ("random", "none", "shared")
 REPLACEMENTS = ("surrogate", "placeholder")
-STOCKS = ("invented", "recombined")
+STOCKS = ("invented", "recombined", "look_alike")
 
 
 def uniform_below(bits: jax.Array, n: jax.Array) -> jax.Array:
@@ -207,12 +208,12 @@ def choose_surrogates(key, row, replaced, bank: SurrogateBank, rules: tuple[Rule
 
     anchor, entry = draw(kind)
     replaced = replaced_components(row, replaced, anchor, bank, rules)
-    if any(rule.stock == "recombined" for rule in rules):
-        other_kind = bank.recombined[kind]
+    if any(rule.stock != "invented" for rule in rules):
+        other_kind = jnp.where(has("stock", "look_alike"), bank.look_alike[kind], bank.recombined[kind])
         _, other = draw(other_kind)
         value = jnp.where(replaced, bank.values[bank.first[other_kind] + other], row.component_value)
         is_real = is_real_value(value, row.component_index, span, bank.real, spans=row.span_type.shape[0])
-        take = has("stock", "recombined") & ~is_real[span]
+        take = ~has("stock", "invented") & ~is_real[span]
         kind, entry = jnp.where(take, other_kind, kind), jnp.where(take, other, entry)
     if any(rule.replacement == "placeholder" for rule in rules):
         whole = has("replacement", "placeholder")

@@ -19,6 +19,7 @@ class SurrogateBank(NamedTuple):
     anchors: int32 [types], number of anchor classes of each PII type; 0 = every component is replaced.
     placeholder: int32 [types], the kind whose one row stands for a whole value. empty: int32 [], the kind of one empty row.
     recombined: int32 [kinds], the kind that holds the corpus' own components of a kind; the kind itself where there is none.
+    look_alike: the same, without the components that one value alone has, and with strings like them.
     real: uint32 [values of the corpus], sorted, their `span_values`.
     """
 
@@ -33,6 +34,7 @@ class SurrogateBank(NamedTuple):
     placeholder: jax.Array
     empty: jax.Array
     recombined: jax.Array
+    look_alike: jax.Array
     real: jax.Array
 
     def entry(self, kind: int, row: int) -> np.ndarray:

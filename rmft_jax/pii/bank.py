@@ -12,6 +12,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.kernels import SurrogateBank, span_values
 from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.kinds import Kinds
+from rmft_jax.pii.letters import look_alikes
 from rmft_jax.pii.spans import PiiType
 from rmft_jax.pii.values import component_value
 
@@ -33,10 +34,11 @@ def build_bank(
 ) -> SurrogateBank:
     """Tokenise the surrogates of every kind.
 
-    Three sorts of tables. Invented: the stock of a kind without what the corpus has, so that no combination of surrogates
+    Four sorts of tables. Invented: the stock of a kind without what the corpus has, so that no combination of surrogates
     and an anchor is a real value, except where a kind's whole stock is real (the common TLDs). Recombined: the corpus' own
-    components, each once for every value that has it, so that surrogates have the corpus' own distribution; but none that
-    one value alone has, which would be as good as that value. Placeholders: one row a type, and an empty one.
+    components, each once for every value that has it, so that surrogates have the corpus' own distribution. Look-alike: the
+    same, but a component that one value alone has, which may be as good as that value, gives way to a string that looks
+    like such components and is none. Placeholders: one row a type, and an empty one.
 
     Args:
       encode: strings -> token ids, each string as it is encoded in the middle of a line.
@@ -57,14 +59,15 @@ def build_bank(
     tables = [_Table([""], [[]])]
     for number, (type, kind) in enumerate(kinds.names, 1):
         tables.append(_invented(encode, types[type], kind, _reals_like(number, kinds, types, real), rows, seed))
-    recombined, shared = list(range(len(tables))), _shared(values)
-    for number, (type, kind) in enumerate(kinds.names, 1):
-        if kind in types[type].recombines:
-            stock = sorted(shared.get(number, ()))
-            table = _table(stock, encode, _REAL_PIECES, rows, seed)
-            if table.entries:
-                recombined[number] = len(tables)
-                tables.append(table)
+    of_stock = {}
+    for stock, texts in _real_stocks(values, seed).items():
+        of_stock[stock] = list(range(len(kinds.names) + 1))
+        for number, (type, kind) in enumerate(kinds.names, 1):
+            if kind in types[type].recombines:
+                table = _table(sorted(texts.get(number, ())), encode, _REAL_PIECES, rows, seed)
+                if table.entries:
+                    of_stock[stock][number] = len(tables)
+                    tables.append(table)
     placeholder = len(tables) + np.arange(len(types), dtype=np.int32)
     tables += [_Table([type.placeholder], encode([type.placeholder])) for type in types]
     tables.append(_Table([""], [[]]))
@@ -83,20 +86,28 @@ def build_bank(
         anchors=np.array([type.anchors for type in types], np.int32),
         placeholder=placeholder,
         empty=np.int32(len(tables) - 1),
-        recombined=np.array([*recombined, *range(len(recombined), len(tables))], np.int32),
+        **{
+            stock: np.array([*numbers, *range(len(numbers), len(tables))], np.int32) for stock, numbers in of_stock.items()
+        },
         values=np.array([component_value(text) for text in texts], np.int32),
         real=_real(values),
     )
 
 
-def _shared(values: list[list[tuple[str, int]]]) -> dict[int, list[str]]:
-    """Return for each kind its components that at least two values have, each once for every value that has it."""
+def _real_stocks(values: list[list[tuple[str, int]]], seed: int) -> dict[str, dict[int, list[str]]]:
+    """Return the stocks made of the corpus' components, by name and kind; each component once for every value with it."""
     having: dict[int, list[str]] = {}
     for parts in values:
-        for text, kind in {(text.lower(), kind) for text, kind in parts}:
-            having.setdefault(kind, []).append(text)
-    counts = {kind: Counter(texts) for kind, texts in having.items()}
-    return {kind: [text for text in texts if counts[kind][text] > 1] for kind, texts in having.items()}
+        for text, kind in parts:
+            having.setdefault(kind, []).append(text.lower())
+    return {"recombined": having, "look_alike": {kind: _without_lone(texts, seed) for kind, texts in having.items()}}
+
+
+def _without_lone(texts: list[str], seed: int) -> list[str]:
+    """Return the texts with look-alikes in the place of those that stand there once."""
+    counts = Counter(texts)
+    shared, alone = (sorted(text for text in texts if (counts[text] > 1) is many) for many in (True, False))
+    return shared + look_alikes(alone, len(alone), seed, never=shared)
 
 
 class _Table:
