@@ -116,7 +116,8 @@ class MaskingRuleConfig:
     anchor: what stays of a replaced value. random (one component, RMFT) | none | shared (components that at least
     `shared_by` different values of the corpus have, the rarest one never).
     replacement: surrogate | placeholder. stock: where surrogates come from, invented | recombined (from components of other
-    values of the corpus) | look_alike (the same, with strings like them for components that one value alone has). fresh: other surrogates each epoch; false = the same for the whole training.
+    values of the corpus) | look_alike (the same, with strings like them for components that one value alone has).
+    fresh: other surrogates each epoch; false = the same for the whole training.
     """
 
     policy: str = "keep_first"
