@@ -19,7 +19,7 @@ LLAMA |= dict(num_key_value_heads=2, initializer_range=0.3, rope_parameters={"ro
 GPT2 = dict(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=32, initializer_range=0.3)
 NEO = dict(vocab_size=61, hidden_size=32, num_layers=4, num_heads=4, max_position_embeddings=32, initializer_range=0.3)
 NEOX = dict(vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48)
-NEOX |= dict(initializer_range=0.3, rope_parameters={"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.5})
+NEOX |= dict(initializer_range=0.3, rope_parameters=LLAMA["rope_parameters"] | {"partial_rotary_factor": 0.5})
 MODELS = {
     "gpt2": ("GPT2", GPT2),
     "gpt2_untied": ("GPT2", GPT2 | dict(tie_word_embeddings=False, n_inner=48, activation_function="gelu")),
@@ -43,7 +43,7 @@ def theirs_of(family, settings):
         getattr(transformers, f"{family}Config")(**settings)
     ).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape))
     return model
@@ -65,26 +65,28 @@ def test_logits_equal_in_and_out(name, tmp_path):
     model.save_pretrained(tmp_path / "theirs")
     params, config = import_model(tmp_path / "theirs")
     tokens = np.random.default_rng(1).integers(0, 61, (4, 19)).astype(np.int32)
-    for length in (1, 7, 19):
+    logits = jax.jit(lambda tokens, segment_ids: forward(params, config, tokens, segment_ids))
+    for length in (1, 7, 19):  # padded at the right
         theirs = ask(model, tokens[:, :length])
-        ours = forward(params, config, tokens[:, :length], np.ones((4, length), np.int32))
+        ours = logits(tokens, np.broadcast_to(np.arange(19) < length, (4, 19)).astype(np.int32))[:, :length]
         assert theirs.std() > 0.5
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
     valid = np.arange(13) >= np.array([0, 3, 9, 12])[:, None]
     theirs = ask(model, tokens[:, :13], valid)
     blocks = unstack(params)
-    last, cache = prefill(blocks, config, tokens[:, :13], valid, cache_length=19)
+    read = jax.jit(lambda tokens, valid: prefill(blocks, config, tokens, valid, cache_length=19))
+    last, cache = read(tokens[:, :13], valid)
     np.testing.assert_allclose(last, theirs[:, -1], atol=1e-4)
     whole = np.concatenate([valid, np.ones((4, 6), bool)], axis=1)
     theirs = ask(model, tokens, whole)
     step = jax.jit(lambda token, at, valid, cache: decode(blocks, config, token, at, valid, cache))
     for at in range(13, 19):  # cached decoding
-        logits, cache = step(tokens[:, at], at, whole & (np.arange(19) <= at), cache)
-        np.testing.assert_allclose(logits, theirs[:, at], atol=1e-4)
+        last, cache = step(tokens[:, at], at, whole & (np.arange(19) <= at), cache)
+        np.testing.assert_allclose(last, theirs[:, at], atol=1e-4)
 
     packed = np.repeat([[1] * 8 + [2] * 7 + [0] * 4], 4, axis=0)  # the second document as if it stood alone
-    ours = forward(params, config, tokens, packed)[:, 8:15]
+    ours = logits(tokens, packed)[:, 8:15]
     np.testing.assert_allclose(ours, ask(model, tokens[:, 8:15]), atol=1e-4)
 
     export_model(params, config, tmp_path / "ours", bos_id=0, eos_id=1)
@@ -103,7 +105,9 @@ def test_weights_in_several_files_and_in_bfloat16(name, tmp_path):
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 2
     params, config = import_model(tmp_path / "theirs")
     tokens = np.arange(22, dtype=np.int32).reshape(2, 11) * 7 % 61
-    theirs = ask(model.float(), tokens)
+    # read again: `.to` rounds the rotary frequencies of a model too
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    theirs = ask(model, tokens)
     np.testing.assert_allclose(forward(params, config, tokens, np.ones_like(tokens)), theirs, atol=1e-4)
     export_model(params, config, tmp_path / "ours", bos_id=0, eos_id=1, shard_bytes=20000)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 2

@@ -7,6 +7,7 @@ and export both read that table.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,9 +239,9 @@ def import_model(folder: Path) -> tuple[dict, ModelConfig]:
 
     params = jax.tree_util.tree_map_with_path(read, shapes)
     output = f"{family.output}.weight"
-    if config.tied and output in tensors.files:
-        if not np.array_equal(tensors.take(output, params["embed"].shape), params["embed"]):
-            raise UserError(f"{folder} ties its output matrix to the embedding, but holds another: set tie_word_embeddings false")
+    tied = config.tied and output in tensors.files
+    if tied and not np.array_equal(tensors.take(output, params["embed"].shape), params["embed"]):
+        raise UserError(f"{folder} ties its output to the embedding but holds another: set tie_word_embeddings false")
     if tensors.files:
         name = min(tensors.files)
         raise UserError(f"{folder} holds {name}, which this model has no place for: take a plain {family.architecture}")
@@ -274,22 +275,22 @@ def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> It
     shard: dict[str, Callable] = {}
     size = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        for number in range(config.layers if path[0].key == "blocks" else 1):
-            of_layer = (lambda leaf=leaf, n=number: np.asarray(leaf[n])) if path[0].key == "blocks" else (lambda x=leaf: np.asarray(x))
-            shape = leaf.shape[1:] if path[0].key == "blocks" else leaf.shape
-            for place, (name, part, _) in enumerate(_pieces(family, config, path, np.broadcast_to(np.float32(0), shape))):
+        stacked = path[0].key == "blocks"
+        for number in range(config.layers if stacked else 1):
+            index = number if stacked else slice(None)
+            shape = np.broadcast_to(np.float32(0), leaf.shape)[index]
+            for place, (name, part, _) in enumerate(_pieces(family, config, path, shape)):
                 if shard and size + 4 * part.size > limit:
                     yield shard
                     shard, size = {}, 0
                 size += 4 * part.size
-                name = name.format(number)
-                name = name if name.startswith(family.output) else family.prefix + name
-                shard[name] = lambda of_layer=of_layer, path=path, place=place: _piece(family, config, path, of_layer(), place)
+                name = name if path[0].key == "output" else family.prefix + name.format(number)
+                shard[name] = functools.partial(_piece, family, config, path, leaf, index, place)
     yield shard
 
 
-def _piece(family: Family, config: ModelConfig, path, layer: np.ndarray, place: int) -> np.ndarray:
-    _, part, form = list(_pieces(family, config, path, layer))[place]
+def _piece(family: Family, config: ModelConfig, path, leaf, index: int | slice, place: int) -> np.ndarray:
+    _, part, form = list(_pieces(family, config, path, np.asarray(leaf[index])))[place]
     return form(part)
 
 
@@ -337,7 +338,7 @@ class _Tensors:
     def __init__(self, folder: Path, family: Family):
         self.folder, self.files = folder, {}
         for path in self._paths():
-            for name in self._open(path).keys():
+            for name in list(self._open(path).keys()):
                 plain = name.removeprefix(family.prefix)
                 plain = f"{family.output}.weight" if plain in ("lm_head.weight", "embed_out.weight") else plain
                 if not plain.endswith(_BUFFERS) or plain.endswith("c_attn.bias"):
@@ -351,7 +352,8 @@ class _Tensors:
         file = self._open(path)
         found = tuple(file.get_slice(key).get_shape())
         if found != shape:
-            raise UserError(f"{path}: {name} has shape {list(found)}, config.json asks for {list(shape)}: save the model again")
+            wanted = f"config.json asks for {list(shape)}"
+            raise UserError(f"{path}: {name} has shape {list(found)}, {wanted}: save the model again")
         return np.asarray(file.get_tensor(key)).astype(np.float32)
 
     def _paths(self) -> list[Path]:
