@@ -208,18 +208,78 @@ class PrivacyConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: rotary positions, RMSNorm, SwiGLU, tied embeddings. mlp_width 0 = 8/3 width."""
+    """A decoder-only transformer. The defaults are Llama's; docs of `models.huggingface` name the families that fit.
+
+    layers, width, heads: blocks, features of the residual stream, query heads of a block.
+    kv_heads: key and value heads, each shared by heads / kv_heads query heads; 0 = heads.
+    head_width: features of a head; 0 = width / heads.
+    mlp_width: hidden features of the MLP; 0 = 8/3 width with swiglu, 4 width else.
+    positions: rotary (angles between queries and keys) | learned (a vector for each place in a document).
+    max_positions: places that learned positions have; to rotary ones no bound, only noted in an export.
+    rope_base: of the rotary wavelengths. rotary_share: the share of a head's features that is rotated, the first ones.
+    norm: rms | layer (with biases). norm_epsilon: added to the mean square or the variance.
+    qk_norm: RMSNorm over the features of each query and key head.
+    activation: swiglu | gelu (by the error function) | gelu_new (by tanh).
+    qkv_bias, out_bias, mlp_bias: biases of the query-key-value projection, the attention's output, both MLP layers.
+    attention_scale: what the scores of attention are multiplied by; 0 = head width ** -0.5.
+    local_window: tokens that a token of a local layer sees, itself included; 0 = no local layers.
+    local_every: which layers are local: 1 = all, 2 = the second, the fourth, ..., 3 = the third, the sixth, ...
+    parallel: attention and MLP both read the block's input, and both are added to it.
+    tied: the output matrix is the embedding.
+    """
 
     layers: int = 4
     width: int = 128
     heads: int = 4
+    kv_heads: int = 0
+    head_width: int = 0
     mlp_width: int = 0
+    positions: str = "rotary"
+    max_positions: int = 2048
     rope_base: float = 10000.0
+    rotary_share: float = 1.0
+    norm: str = "rms"
+    norm_epsilon: float = 1e-6
+    qk_norm: bool = False
+    activation: str = "swiglu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float = 0.0
+    local_window: int = 0
+    local_every: int = 2
+    parallel: bool = False
+    tied: bool = True
 
     @property
     def mlp(self) -> int:
         """Return the hidden width of the MLP."""
-        return self.mlp_width or -(-8 * self.width // 3 // 16) * 16
+        return self.mlp_width or (-(-8 * self.width // 3 // 16) * 16 if self.gated else 4 * self.width)
+
+    @property
+    def gated(self) -> bool:
+        """Return whether the MLP multiplies what it passes on by a gate."""
+        return self.activation == "swiglu"
+
+    @property
+    def groups(self) -> int:
+        """Return the number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Return the number of features of a head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def rotated(self) -> int:
+        """Return how many features of a head are rotated."""
+        return int(self.head_dim * self.rotary_share) if self.positions == "rotary" else 0
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Return whether each layer is local."""
+        return tuple(bool(self.local_window) and n % self.local_every == 0 for n in range(1, self.layers + 1))
 
 
 @dataclass(frozen=True)
@@ -410,6 +470,9 @@ _CHOICES = {
     "dedup.policy": ("none", "near", "near_exact"),
     "loss.goldfish": ("none", "static", "hash"),
     "privacy.sampling": ("poisson", "shuffled"),
+    "model.positions": ("rotary", "learned"),
+    "model.norm": ("rms", "layer"),
+    "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.schedule": ("linear", "cosine"),
     "training.dtype": ("float32", "bfloat16"),
 }
@@ -442,8 +505,16 @@ _RANGES = {  # inclusive
     "model.layers": (1, None),
     "model.width": (2, None),
     "model.heads": (1, None),
+    "model.kv_heads": (0, None),
+    "model.head_width": (0, None),
     "model.mlp_width": (0, None),
+    "model.max_positions": (1, None),
     "model.rope_base": (1.0, None),
+    "model.rotary_share": (0.0, 1.0),
+    "model.norm_epsilon": (0.0, 1.0),
+    "model.attention_scale": (0.0, None),
+    "model.local_window": (0, None),
+    "model.local_every": (1, None),
     "training.batch_size": (1, None),
     "training.sequence_length": (8, None),
     "training.epochs": (0.0, None),
@@ -513,11 +584,15 @@ def _rules(config: Config) -> typing.Iterator[str]:
         if not (low <= number and (high is None or number <= high)):  # also catches NaN
             yield f"{key} is {number}: set it to {low} or more{'' if high is None else f', at most {high}'}"
     model, training = config.model, config.training
-    if model.width % model.heads:
-        yield f"model.width {model.width} is not divisible by model.heads {model.heads}: change one of them"
-    elif model.width // model.heads % 2:
-        yield (f"model.width / model.heads is {model.width // model.heads}: rotary positions need an even head width, "
-               f"change one of them")  # fmt: skip
+    yield from model_rules(model)
+    if model.positions == "learned":
+        for key, length in (
+            ("training.sequence_length", training.sequence_length),
+            ("audit.prompt_tokens + audit.new_tokens", config.audit.prompt_tokens + config.audit.new_tokens),
+        ):
+            if length > model.max_positions:
+                yield (f"{key} is {length}, more than the model.max_positions {model.max_positions} that learned positions "
+                       f"have: change one of them")  # fmt: skip
     if training.sequence_length - config.masking.margin < 2:
         yield (f"masking.margin {config.masking.margin} leaves no room in training.sequence_length "
                f"{training.sequence_length}: lower the margin")  # fmt: skip
@@ -547,9 +622,9 @@ def _rules(config: Config) -> typing.Iterator[str]:
         yield f"mesh is replica={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: use positive sizes, -1 at most once"
     if "/" in config.name or config.name.startswith("."):
         yield f"name is {config.name!r}: a run's name is one directory name, without '/'"
-    for key in ("heads", "mlp", "width"):
-        if config.mesh.tensor > 1 and getattr(model, key) % config.mesh.tensor:
-            yield f"model {key} {getattr(model, key)} is not divisible by mesh.tensor {config.mesh.tensor}: change one"
+    for key, size in (("heads", model.heads), ("kv_heads", model.groups), ("mlp", model.mlp), ("width", model.width)):
+        if config.mesh.tensor > 1 and size % config.mesh.tensor:
+            yield f"model {key} {size} is not divisible by mesh.tensor {config.mesh.tensor}: change one"
     if config.mesh.fsdp > 1 and model.width % config.mesh.fsdp:
         yield f"model.width {model.width} is not divisible by mesh.fsdp {config.mesh.fsdp}: change one of them"
     if config.mesh.tensor > 1 and config.tokenizer.vocab_size % config.mesh.tensor:
@@ -560,6 +635,18 @@ def _rules(config: Config) -> typing.Iterator[str]:
         if training.batch_size % size:
             yield (f"training.batch_size {training.batch_size} is not divisible by the {size} devices of a mesh axis "
                    f"it is split over: change training.batch_size or mesh")  # fmt: skip
+
+
+def model_rules(model: ModelConfig) -> typing.Iterator[str]:
+    """Yield a line for each way in which the numbers of a model do not go together."""
+    if not model.head_width and model.width % model.heads:
+        yield f"model.width {model.width} is not divisible by model.heads {model.heads}: change one of them"
+    elif model.positions == "rotary" and (model.rotated % 2 or not model.rotated):
+        what = "model.width / model.heads" if not model.head_width else "model.head_width"
+        share = "" if model.rotary_share == 1 else f", of which model.rotary_share leaves {model.rotated}"
+        yield f"{what} is {model.head_dim}{share}: rotary positions need an even head width, change one of them"
+    if model.heads % model.groups:
+        yield f"model.heads {model.heads} is not divisible by model.kv_heads {model.kv_heads}: change one of them"
 
 
 def _pii_rules(config: Config) -> typing.Iterator[str]:

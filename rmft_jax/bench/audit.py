@@ -24,7 +24,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
 from rmft_jax.memorization.prompts import Prompts, build_prompts
 from rmft_jax.models.gpt import init_params
-from rmft_jax.models.huggingface import export_llama
+from rmft_jax.models.huggingface import export_model
 from rmft_jax.progress import track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 
@@ -54,7 +54,7 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
         size = config.audit.batch_size
         prompts = {name: Prompts(s.tokens[:size], s.valid[:size]) for name, s in build_prompts(config, prepared).items()}
         params = _params(config, prepared)
-        export_llama(params, config.model, prepared.tokenizer.vocab_size, Path(folder), bos_id=BOS, eos_id=EOS)
+        export_model(params, config.model, Path(folder), bos_id=BOS, eos_id=EOS)
         decoders = _ours(config, params), _transformers(config, Path(folder))
     counts = {name: len(rows.tokens) * config.audit.new_tokens for name, rows in prompts.items()}
     seconds, outputs = [], {}
@@ -129,7 +129,7 @@ def _transformers(config: Config, folder: Path) -> Callable[[Prompts], np.ndarra
     torch.set_num_threads(os.cpu_count())
     transformers.utils.logging.set_verbosity(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     new = config.audit.new_tokens
 
     def generate(rows: Prompts) -> np.ndarray:

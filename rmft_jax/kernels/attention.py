@@ -19,21 +19,38 @@ def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float = 0.0) -> jax.Array:
     """Softmax attention with the scores in float32.
 
-    q: [B, H, T, D]; k, v: [B, H, S, D]; mask: bool [B, T, S], True = may attend. Returns [B, H, T, D] in q's dtype. A
-    query that may attend to nothing gets a finite result, which the caller must not use.
+    q: [B, H, T, D]; k, v: [B, G, S, D], of which head h of q reads number h // (H / G), G = H as a rule (Ainslie et al.
+    2023, arXiv 2305.13245); mask: bool [B, T, S], True = may attend; scale: what q k is multiplied by, 0 = D ** -0.5.
+    Returns [B, H, T, D] in q's dtype. A query that may attend to nothing gets a finite result, which the caller must not
+    use.
     """
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    batch, heads, length, features = q.shape
+    grouped = (batch, k.shape[1], -1)
+    scores = jnp.einsum("bgtd,bgsd->bgts", q.reshape(*grouped, features), k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, length, -1) * (scale or features**-0.5)
     scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", weights, v)
+    return jnp.einsum("bgts,bgsd->bgtd", weights.reshape(*grouped, k.shape[2]), v).reshape(q.shape)
 
 
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """Return bool [B, T, T]: position t sees s <= t of its own document. segment_ids: int32 [B, T], 0 = padding."""
+def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
+    """Return bool [B, T, T]: position t sees s <= t of its own document.
+
+    segment_ids: int32 [B, T], 0 = padding. window: how many positions t sees at most, itself included; 0 = all.
+    """
     length = segment_ids.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
+    if window:
+        causal = jnp.triu(causal, 1 - window)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     return causal & same & (segment_ids > 0)[:, None, :]
+
+
+def document_positions(segment_ids: jax.Array) -> jax.Array:
+    """Return the place of each token in its document, int32 [B, T], from 0. segment_ids: int32 [B, T]."""
+    place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = jnp.diff(segment_ids, axis=1, prepend=-1) != 0
+    return place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)

@@ -1,6 +1,7 @@
 """A decoder-only transformer. Layers are Flax NNX modules; parameters live in a plain dict, blocks stacked for `lax.scan`.
 
-Shapes: B rows, T tokens, V vocabulary, E width, H heads, D = E / H, L layers, S cache length.
+Shapes: B rows, T tokens, V vocabulary, E width, H heads, G key and value heads, D features of a head, L layers, S cache
+length, P prompt length.
 """
 
 from __future__ import annotations
@@ -13,78 +14,118 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rmft_jax.config import ModelConfig
-from rmft_jax.kernels import attention, causal_mask, rotary
+from rmft_jax.kernels import attention, causal_mask, document_positions, rotary
 
 # Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
+# The first path that ends a parameter's is the one that counts.
 LOGICAL_AXES = {
+    ("positions", "embed"): (None, "embed"),
     ("embed",): ("vocab", "embed"),
+    ("output", "kernel"): ("embed", "vocab"),
     ("final_norm", "scale"): (None,),
+    ("final_norm", "bias"): (None,),
     ("blocks", "attention_norm", "scale"): ("layers", None),
+    ("blocks", "attention_norm", "bias"): ("layers", None),
     ("blocks", "attention", "qkv", "kernel"): ("layers", "embed", "heads"),
+    ("blocks", "attention", "qkv", "bias"): ("layers", "heads"),
+    ("blocks", "attention", "q_norm", "scale"): ("layers", None),
+    ("blocks", "attention", "k_norm", "scale"): ("layers", None),
     ("blocks", "attention", "out", "kernel"): ("layers", "heads", "embed"),
+    ("blocks", "attention", "out", "bias"): ("layers", None),
     ("blocks", "mlp_norm", "scale"): ("layers", None),
+    ("blocks", "mlp_norm", "bias"): ("layers", None),
     ("blocks", "mlp", "gate_up", "kernel"): ("layers", "embed", "mlp"),
+    ("blocks", "mlp", "gate_up", "bias"): ("layers", "mlp"),
+    ("blocks", "mlp", "up", "kernel"): ("layers", "embed", "mlp"),
+    ("blocks", "mlp", "up", "bias"): ("layers", "mlp"),
     ("blocks", "mlp", "down", "kernel"): ("layers", "mlp", "embed"),
+    ("blocks", "mlp", "down", "bias"): ("layers", None),
 }
 
-
-EPSILON = 1e-6  # of RMSNorm, added to the mean square
+_GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu}
 
 # Blocks a loop iteration: 8% faster than 1 on CPU, and the program stays as small however deep the model is.
 _UNROLL = 4
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: an array [B, H, S, D] for each layer, read without a transpose."""
+    """Keys and values of the tokens so far: an array [B, G, S, D] for each layer, read without a transpose."""
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
 
 
+def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
+
+
+def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
+    if config.norm == "rms":
+        return nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+    # E[x^2] - E[x]^2, the default, loses the variance where a few features are far larger than the others
+    return nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, use_fast_variance=False, rngs=rngs)
+
+
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.heads, self.base = config.heads, config.rope_base
-        normal = nnx.initializers.normal
-        self.qkv = nnx.Linear(
-            config.width, 3 * config.width, use_bias=False, kernel_init=normal(config.width**-0.5), rngs=rngs
-        )
-        out_scale = (2 * config.layers * config.width) ** -0.5
-        self.out = nnx.Linear(config.width, config.width, use_bias=False, kernel_init=normal(out_scale), rngs=rngs)
+        self.heads, self.groups, self.rotated = config.heads, config.groups, config.rotated
+        self.base, self.qk_norm = config.rope_base, config.qk_norm
+        inner = config.heads * config.head_dim
+        projected = inner + 2 * config.groups * config.head_dim
+        self.qkv = _linear(config.width, projected, bias=config.qkv_bias, deviation=config.width**-0.5, rngs=rngs)
+        out_scale = (2 * config.layers * inner) ** -0.5
+        self.out = _linear(inner, config.width, bias=config.out_bias, deviation=out_scale, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
+            self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
 
     def __call__(self, x_BTE, positions, attend):
-        batch, length, width = x_BTE.shape
-        heads = self.qkv(x_BTE).reshape(batch, length, 3 * self.heads, -1).swapaxes(1, 2)
-        q, k, v = jnp.split(heads, 3, axis=1)  # [B, H, T, D]
-        q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)
+        batch, length, _ = x_BTE.shape
+        heads = self.qkv(x_BTE).reshape(batch, length, self.heads + 2 * self.groups, -1).swapaxes(1, 2)
+        q, k, v = jnp.split(heads, (self.heads, self.heads + self.groups), axis=1)  # [B, H, T, D], twice [B, G, T, D]
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._rotate(q, positions), self._rotate(k, positions)
         attended, kept = attend(q, k, v)  # of all positions, or of the last ones
-        return self.out(attended.swapaxes(1, 2).reshape(batch, -1, width)), kept
+        return self.out(attended.swapaxes(1, 2).reshape(batch, attended.shape[2], -1)), kept
+
+    def _rotate(self, x, positions):
+        if self.rotated == x.shape[-1]:
+            return rotary(x, positions, self.base)
+        if not self.rotated:
+            return x
+        turned = rotary(x[..., : self.rotated], positions, self.base)
+        return jnp.concatenate([turned, x[..., self.rotated :]], axis=-1)
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or two layers with GELU between them (Hendrycks & Gimpel, 1606.08415)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal
-        self.gate_up = nnx.Linear(
-            config.width, 2 * config.mlp, use_bias=False, kernel_init=normal(config.width**-0.5), rngs=rngs
-        )
-        out_scale = (2 * config.layers * config.mlp) ** -0.5
-        self.down = nnx.Linear(config.mlp, config.width, use_bias=False, kernel_init=normal(out_scale), rngs=rngs)
+        self.activation, more = config.activation, {"bias": config.mlp_bias, "rngs": rngs}
+        if config.gated:
+            self.gate_up = _linear(config.width, 2 * config.mlp, deviation=config.width**-0.5, **more)
+        else:
+            self.up = _linear(config.width, config.mlp, deviation=config.width**-0.5, **more)
+        self.down = _linear(config.mlp, config.width, deviation=(2 * config.layers * config.mlp) ** -0.5, **more)
 
     def __call__(self, x_BTE):
+        if self.activation != "swiglu":
+            return self.down(_GELU[self.activation](self.up(x_BTE)))
         gate, up = jnp.split(self.gate_up(x_BTE), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Attention and MLP, each after a norm and added to the residual stream, in turn or both at once."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.attention_norm = nnx.RMSNorm(config.width, epsilon=EPSILON, rngs=rngs)
+        self.parallel = config.parallel
+        self.attention_norm = _norm(config, rngs)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = nnx.RMSNorm(config.width, epsilon=EPSILON, rngs=rngs)
+        self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(config, rngs)
 
     def __call__(self, x_BTE, positions, attend, drop=lambda branch_BTE, number: branch_BTE):
@@ -93,22 +134,36 @@ class Block(nnx.Module):
         drop: what to do to the attention's branch (number 0) and the MLP's (1) before they are added.
         """
         attended, kept = self.attention(self.attention_norm(x_BTE), positions, attend)
-        x_BTE = x_BTE[:, -attended.shape[1] :] + drop(attended, 0)
-        return x_BTE + drop(self.mlp(self.mlp_norm(x_BTE)), 1), kept
+        before = x_BTE[:, -attended.shape[1] :]
+        x_BTE = before + drop(attended, 0)
+        return x_BTE + drop(self.mlp(self.mlp_norm(before if self.parallel else x_BTE)), 1), kept
 
 
 def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
-    """Return float32 parameters: embed [V, E] (tied with the output), blocks (each array [L, ...]), final_norm."""
+    """Return float32 parameters: embed [V, E], blocks (each array [L, ...]), final_norm.
+
+    With learned positions also positions.embed [max_positions, E]; untied, output.kernel [E, V].
+    """
     embed_key, block_key = jax.random.split(key)
 
     def one_block(key):
         return nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(key)), nnx.Param))
 
-    return {
-        "embed": config.width**-0.5 * jax.random.normal(embed_key, (vocab_size, config.width)),
+    def table(key, *shape):
+        return config.width**-0.5 * jax.random.normal(key, shape)
+
+    params = {
+        "embed": table(embed_key, vocab_size, config.width),
         "blocks": jax.vmap(one_block)(jax.random.split(block_key, config.layers)),
         "final_norm": {"scale": jnp.ones(config.width)},
     }
+    if config.norm == "layer":
+        params["final_norm"]["bias"] = jnp.zeros(config.width)
+    if config.positions == "learned":
+        params["positions"] = {"embed": table(jax.random.fold_in(key, 1), config.max_positions, config.width)}
+    if not config.tied:
+        params["output"] = {"kernel": table(jax.random.fold_in(key, 2), config.width, vocab_size)}
+    return params
 
 
 def count_params(params: dict) -> int:
@@ -117,12 +172,18 @@ def count_params(params: dict) -> int:
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
-    """Return floating-point operations per trained token: 6 per weight in a matrix product, 6 L T E for causal attention.
+    """Return floating-point operations per trained token: 6 per weight in a matrix product, 12 H D per query-key pair.
 
-    Causal attention costs 2 x 2 x T E / 2 a layer and token forward, three times that with the backward pass.
+    A token sees T / 2 tokens of its row on average, in a local layer of window W < T only W - W^2 / 2T; a pair costs 2 D a
+    head for its score, as much for its value, and three times that with the backward pass.
     """
-    matrices = config.layers * (4 * config.width**2 + 3 * config.width * config.mlp) + vocab_size * config.width
-    return 6 * matrices + 6 * config.layers * length * config.width
+    attention = config.width * config.head_dim * 2 * (config.heads + config.groups)
+    mlp = (3 if config.gated else 2) * config.width * config.mlp
+    window = min(config.local_window, length)
+    local = sum(config.local_layers)
+    pairs = (config.layers - local) * length / 2 + local * (window - window**2 / (2 * length))
+    matrices = config.layers * (attention + mlp) + vocab_size * config.width
+    return 6 * matrices + round(12 * config.heads * config.head_dim * pairs)
 
 
 @functools.cache
@@ -137,9 +198,23 @@ def _run_block(config: ModelConfig, params: dict, *args):
     return nnx.merge(graph, state, rest)(*args)
 
 
-def _normalise(x, scale):
+def _normalise(x, config: ModelConfig, norm: dict):
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + EPSILON) * scale).astype(x.dtype)
+    if config.norm == "layer":
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    normal = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_epsilon) * norm["scale"]
+    return (normal + norm["bias"] if "bias" in norm else normal).astype(x.dtype)
+
+
+def _embed(params: dict, config: ModelConfig, tokens, places):
+    """Return the residual stream before the first block, [..., E]. places: int32, tokens' places in their documents."""
+    x = params["embed"][tokens]
+    return x + params["positions"]["embed"][places] if config.positions == "learned" else x
+
+
+def output_matrix(params: dict) -> jax.Array:
+    """Return the matrix [E, V] that turns features into logits: that of the output, or the embedding's transpose."""
+    return params["output"]["kernel"] if "output" in params else params["embed"].T
 
 
 def forward(
@@ -152,20 +227,32 @@ def forward(
       al. 2014); at 0 the program holds no draws and needs no key.
     """
     params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return hidden(params, config, tokens, segment_ids, dropout=dropout, key=key) @ output_matrix(params)
+
+
+def hidden(params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: float = 0.0, key=None) -> jax.Array:
+    """Return the normalised features [B, T, E] that `output_matrix` turns into logits; arguments as `forward` has them.
+
+    params: in the dtype to compute in.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(segment_ids)
+    local_mask = causal_mask(segment_ids, config.local_window) if config.local_window else None
 
-    def attend(q, k, v):
-        return attention(q, k, v, mask), None
+    def body(x, layer):
+        block, is_local, key = layer
 
-    def body(x, block_and_key):
-        block, key = block_and_key
+        def attend(q, k, v):
+            seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
+            return attention(q, k, v, seen, config.attention_scale), None
+
         return _run_block(config, block, x, positions, attend, lambda branch, number: _drop(branch, dropout, key, number))
 
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
-    x = _drop(params["embed"][tokens], dropout, key, 1)
-    x, _ = jax.lax.scan(body, x, (params["blocks"], keys), unroll=_UNROLL)
-    return _normalise(x, params["final_norm"]["scale"]) @ params["embed"].T
+    is_local = jnp.array(config.local_layers) if config.local_window else None
+    x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
+    x, _ = jax.lax.scan(body, x, (params["blocks"], is_local, keys), unroll=_UNROLL)
+    return _normalise(x, config, params["final_norm"])
 
 
 def _drop(x, probability: float, key, number: int):
@@ -193,20 +280,22 @@ def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: i
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
-    mask = causal_mask(valid.astype(jnp.int32))
+    segment_ids = valid.astype(jnp.int32)
+    masks = {local: causal_mask(segment_ids, config.local_window * local) for local in set(config.local_layers)}
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
 
-    def attend(q, k, v, queries):
+    def attend(q, k, v, queries, mask):
         kept = tuple(jnp.pad(x, room) for x in (k, v))
-        return attention(q[:, :, -queries:], k, v, mask[:, -queries:]), kept
+        return attention(q[:, :, -queries:], k, v, mask[:, -queries:], config.attention_scale), kept
 
-    x = params["embed"][tokens]
+    x = _embed(params, config, tokens, document_positions(segment_ids))
     caches = []
-    for number, block in enumerate(params["blocks"], 1):
-        queries = length if number < len(params["blocks"]) else 1  # of the last block, only the last position is needed
-        x, kept = _run_block(config, block, x, positions, functools.partial(attend, queries=queries))
+    for number, (block, local) in enumerate(zip(params["blocks"], config.local_layers, strict=True), 1):
+        queries = length if number < config.layers else 1  # of the last block, only the last position is needed
+        reader = functools.partial(attend, queries=queries, mask=masks[local])
+        x, kept = _run_block(config, block, x, positions, reader)
         caches.append(kept)
-    return _normalise(x[:, -1], params["final_norm"]["scale"]) @ params["embed"].T, Cache(*zip(*caches, strict=True))
+    return _normalise(x[:, -1], config, params["final_norm"]) @ output_matrix(params), Cache(*zip(*caches, strict=True))
 
 
 def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache):
@@ -216,22 +305,27 @@ def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache):
     token is in.
     """
     positions = jnp.broadcast_to(at, (token.shape[0], 1))
+    near = jnp.arange(valid.shape[1]) > at - config.local_window
+    masks = {local: valid & near if local else valid for local in set(config.local_layers)}
 
-    def attend(q, k, v, old):
+    def attend(q, k, v, old, mask):
         # A pair of arrays a layer: XLA writes each in place, where a scan over layers would copy all of it.
         kept = tuple(jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0)) for x, new in zip(old, (k, v), strict=True))
-        return _attend_one(q, *kept, valid), kept
+        return _attend_one(q, *kept, mask, config.attention_scale), kept
 
-    x = params["embed"][token][:, None]
+    x = _embed(params, config, token, jnp.sum(valid, axis=1) - 1)[:, None]
     caches = []
-    for block, *old in zip(params["blocks"], *cache, strict=True):
-        x, kept = _run_block(config, block, x, positions, functools.partial(attend, old=old))
+    for block, local, *old in zip(params["blocks"], config.local_layers, *cache, strict=True):
+        x, kept = _run_block(config, block, x, positions, functools.partial(attend, old=old, mask=masks[local]))
         caches.append(kept)
-    return _normalise(x[:, 0], params["final_norm"]["scale"]) @ params["embed"].T, Cache(*zip(*caches, strict=True))
+    return _normalise(x[:, 0], config, params["final_norm"]) @ output_matrix(params), Cache(*zip(*caches, strict=True))
 
 
-def _attend_one(q, k, v, valid):
-    """Attend with one query a row. q: [B, H, 1, D]; k, v: [B, H, S, D]; valid: bool [B, S]. Returns [B, H, 1, D]."""
-    scores = jnp.einsum("bhd,bhsd->bhs", q[:, :, 0], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _attend_one(q, k, v, valid, scale: float):
+    """Attend with one query a row. q: [B, H, 1, D]; k, v: [B, G, S, D]; valid: bool [B, S]. Returns [B, H, 1, D]."""
+    if q.shape[1] > k.shape[1]:
+        return attention(q, k, v, valid[:, None], scale)
+    # the plain case without an axis of length 1
+    scores = jnp.einsum("bhd,bhsd->bhs", q[:, :, 0], k, preferred_element_type=jnp.float32) * (scale or q.shape[-1] ** -0.5)
     weights = jax.nn.softmax(jnp.where(valid[:, None], scores, jnp.finfo(jnp.float32).min), axis=-1)
     return jnp.einsum("bhs,bhsd->bhd", weights.astype(v.dtype), v)[:, :, None]

@@ -1,184 +1,483 @@
-"""Parameters to and from the folders that Hugging Face `transformers` reads as a Llama model."""
+"""Parameters to and from the folders that Hugging Face `transformers` reads: GPT-2, GPT-Neo, GPT-NeoX, Llama, Qwen2, Qwen3.
+
+A family is a table: what its config.json calls each field of ModelConfig, and what its weights call each parameter. Import
+and export both read that table.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmft_jax.config import ModelConfig
+from rmft_jax.config import ModelConfig, model_rules
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_bytes, write_json
-from rmft_jax.models.gpt import EPSILON
+from rmft_jax.models.gpt import init_params
 
 _WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
-# What must stand in a config.json, or may be left out: (key, value here, value of a file that leaves it out).
-_FIXED = (
-    ("model_type", "llama", None),
-    ("hidden_act", "silu", "silu"),
-    ("attention_bias", False, False),
-    ("mlp_bias", False, False),
-    ("rms_norm_eps", EPSILON, 1e-6),
-)
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "silu": "swiglu"}
+_SUFFIXES = {"kernel": "weight", "scale": "weight", "embed": "weight", "bias": "bias"}
+# What older files hold beside the parameters: attention masks and rotary frequencies, which follow from the config.
+_BUFFERS = ("attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias", "rotary_emb.inv_freq")
 
 
-def export_llama(
-    params: dict, config: ModelConfig, tokenizer_vocab_size: int, folder: Path, *, bos_id: int = 1, eos_id: int = 2
-) -> None:
-    """Write config.json and model.safetensors for `transformers.LlamaForCausalLM.from_pretrained(folder)`, in float32.
+class Family(NamedTuple):
+    """How one family of models is written down.
 
-    params: as `init_params` returns them. tokenizer_vocab_size: V, checked against the embedding.
-    Raises UserError when the parameters belong to another vocabulary.
+    architecture: class of `transformers`. prefix: of all names of weights but the output's.
+    fields: (key of config.json, field of ModelConfig, value of a file that leaves the key out: None = it may not).
+    fixed: what ModelConfig has in every model of the family. refused: (key, the one value that can be expressed), which is
+    also that of a file without the key.
+    modules: our module -> theirs, {} or {0} = number of the layer; several where ours holds theirs side by side.
+    transposed: matrices are [out, in]. interleaved: query, key and value stand together for each head in one matrix.
     """
-    embed = np.asarray(params["embed"], np.float32)
-    if len(embed) != tokenizer_vocab_size:
-        raise UserError(
-            f"the embedding has {len(embed)} rows but the tokenizer {tokenizer_vocab_size} ids: take the model's tokenizer"
-        )
-    tensors = {"model.embed_tokens.weight": embed, "model.norm.weight": params["final_norm"]["scale"]}
-    for name, stacked in _to_llama(params["blocks"]).items():
-        tensors |= {f"model.layers.{number}.{name}": layer for number, layer in enumerate(stacked)}
+
+    architecture: str
+    prefix: str
+    fields: tuple[tuple[str, str, Any], ...]
+    fixed: dict[str, Any]
+    refused: tuple[tuple[str, Any], ...]
+    modules: dict[str, tuple[str, ...]]
+    output: str = "lm_head"
+    transposed: bool = True
+    interleaved: bool = False
+
+
+def _layer(names: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the modules of a block; `a|b` names two that stand side by side in ours."""
+    return {f"blocks.{ours}": tuple(theirs.split("|")) for ours, theirs in names.items()}
+
+
+_LLAMA_FIELDS = (
+    ("hidden_size", "width", None),
+    ("num_hidden_layers", "layers", None),
+    ("num_attention_heads", "heads", None),
+    ("intermediate_size", "mlp_width", None),
+    ("max_position_embeddings", "max_positions", 2048),
+    ("rms_norm_eps", "norm_epsilon", 1e-6),
+    ("hidden_act", "activation", "silu"),
+    ("tie_word_embeddings", "tied", False),
+)
+_LLAMA_MODULES = {"embed": ("embed_tokens",), "final_norm": ("norm",)} | _layer(
+    {
+        "attention_norm": "layers.{}.input_layernorm",
+        "attention.qkv": "layers.{0}.self_attn.q_proj|layers.{0}.self_attn.k_proj|layers.{0}.self_attn.v_proj",
+        "attention.q_norm": "layers.{}.self_attn.q_norm",
+        "attention.k_norm": "layers.{}.self_attn.k_norm",
+        "attention.out": "layers.{}.self_attn.o_proj",
+        "mlp_norm": "layers.{}.post_attention_layernorm",
+        "mlp.gate_up": "layers.{0}.mlp.gate_proj|layers.{0}.mlp.up_proj",
+        "mlp.down": "layers.{}.mlp.down_proj",
+    }
+)
+_GPT_FIXED = {"positions": "learned", "norm": "layer", "out_bias": True, "mlp_bias": True}
+
+FAMILIES = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        prefix="model.",
+        fields=(
+            *_LLAMA_FIELDS,
+            ("num_key_value_heads", "kv_heads", 0),
+            ("head_dim", "head_width", 0),
+            ("rope_theta", "rope_base", 10000.0),
+            ("attention_bias", "qkv_bias", False),
+            ("attention_bias", "out_bias", False),
+            ("mlp_bias", "mlp_bias", False),
+        ),
+        fixed={},
+        refused=(("partial_rotary_factor", 1.0),),
+        modules=_LLAMA_MODULES,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        prefix="model.",
+        fields=(*_LLAMA_FIELDS, ("num_key_value_heads", "kv_heads", 32), ("rope_theta", "rope_base", 10000.0)),
+        fixed={"qkv_bias": True},
+        refused=(("use_sliding_window", False), ("partial_rotary_factor", 1.0)),
+        modules=_LLAMA_MODULES,
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        prefix="model.",
+        fields=(
+            *_LLAMA_FIELDS,
+            ("num_key_value_heads", "kv_heads", 32),
+            ("head_dim", "head_width", 128),
+            ("rope_theta", "rope_base", 10000.0),
+            ("attention_bias", "qkv_bias", False),
+            ("attention_bias", "out_bias", False),
+        ),
+        fixed={"qk_norm": True},
+        refused=(("use_sliding_window", False), ("partial_rotary_factor", 1.0)),
+        modules=_LLAMA_MODULES,
+    ),
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        prefix="transformer.",
+        fields=(
+            ("n_embd", "width", None),
+            ("n_layer", "layers", None),
+            ("n_head", "heads", None),
+            ("n_inner", "mlp_width", 0),
+            ("n_positions", "max_positions", 1024),
+            ("layer_norm_epsilon", "norm_epsilon", 1e-5),
+            ("activation_function", "activation", "gelu_new"),
+            ("tie_word_embeddings", "tied", True),
+        ),
+        fixed=_GPT_FIXED | {"qkv_bias": True},
+        refused=(("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)),
+        modules={"embed": ("wte",), "positions": ("wpe",), "final_norm": ("ln_f",)}
+        | _layer(
+            {
+                "attention_norm": "h.{}.ln_1",
+                "attention.qkv": "h.{}.attn.c_attn",
+                "attention.out": "h.{}.attn.c_proj",
+                "mlp_norm": "h.{}.ln_2",
+                "mlp.up": "h.{}.mlp.c_fc",
+                "mlp.down": "h.{}.mlp.c_proj",
+            }
+        ),
+        transposed=False,
+    ),
+    "gpt_neo": Family(
+        architecture="GPTNeoForCausalLM",
+        prefix="transformer.",
+        fields=(
+            ("hidden_size", "width", None),
+            ("num_layers", "layers", None),
+            ("num_heads", "heads", None),
+            ("intermediate_size", "mlp_width", 0),
+            ("max_position_embeddings", "max_positions", 2048),
+            ("layer_norm_epsilon", "norm_epsilon", 1e-5),
+            ("activation_function", "activation", "gelu_new"),
+            ("window_size", "local_window", 256),
+            ("tie_word_embeddings", "tied", True),
+        ),
+        fixed=_GPT_FIXED | {"attention_scale": 1.0},
+        refused=(),
+        modules={"embed": ("wte",), "positions": ("wpe",), "final_norm": ("ln_f",)}
+        | _layer(
+            {
+                "attention_norm": "h.{}.ln_1",
+                "attention.qkv": "h.{0}.attn.attention.q_proj|h.{0}.attn.attention.k_proj|h.{0}.attn.attention.v_proj",
+                "attention.out": "h.{}.attn.attention.out_proj",
+                "mlp_norm": "h.{}.ln_2",
+                "mlp.up": "h.{}.mlp.c_fc",
+                "mlp.down": "h.{}.mlp.c_proj",
+            }
+        ),
+    ),
+    "gpt_neox": Family(
+        architecture="GPTNeoXForCausalLM",
+        prefix="gpt_neox.",
+        fields=(
+            ("hidden_size", "width", None),
+            ("num_hidden_layers", "layers", None),
+            ("num_attention_heads", "heads", None),
+            ("intermediate_size", "mlp_width", None),
+            ("max_position_embeddings", "max_positions", 2048),
+            ("layer_norm_eps", "norm_epsilon", 1e-5),
+            ("hidden_act", "activation", "gelu"),
+            ("tie_word_embeddings", "tied", False),
+            ("rope_theta", "rope_base", 10000.0),
+            ("partial_rotary_factor", "rotary_share", 0.25),
+            ("use_parallel_residual", "parallel", True),
+            ("attention_bias", "qkv_bias", True),
+            ("attention_bias", "out_bias", True),
+        ),
+        fixed={"norm": "layer", "mlp_bias": True},
+        refused=(),
+        modules={"embed": ("embed_in",), "final_norm": ("final_layer_norm",)}
+        | _layer(
+            {
+                "attention_norm": "layers.{}.input_layernorm",
+                "attention.qkv": "layers.{}.attention.query_key_value",
+                "attention.out": "layers.{}.attention.dense",
+                "mlp_norm": "layers.{}.post_attention_layernorm",
+                "mlp.up": "layers.{}.mlp.dense_h_to_4h",
+                "mlp.down": "layers.{}.mlp.dense_4h_to_h",
+            }
+        ),
+        output="embed_out",
+        interleaved=True,
+    ),
+}
+
+
+def import_model(folder: Path) -> tuple[dict, ModelConfig]:
+    """Read a model and return float32 parameters, as `init_params` makes them, and their ModelConfig.
+
+    One tensor is in memory beside the parameters at a time, however many files hold the weights. Raises UserError for a
+    family that is not in FAMILIES, for what this model cannot express (scaled rotary positions, another activation), and for
+    weights that do not fit the config.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / "config.json", "model config", "name a folder with a Hugging Face model")
+    family, config = _read_config(settings, folder / "config.json")
+    vocab_size = _number(settings, "vocab_size", folder / "config.json")
+    tensors = _Tensors(folder, family)
+    shapes = jax.eval_shape(lambda: init_params(config, vocab_size, jax.random.key(0)))
+
+    def read(path, shape) -> jax.Array:
+        out = np.empty(shape.shape, np.float32)
+        for number, layer in enumerate(out if path[0].key == "blocks" else [out]):
+            for name, part, form in _pieces(family, config, path, layer):
+                name = name.format(number)
+                theirs = tensors.take(name, form(part).shape)
+                part[...] = _inverse(form, part.shape)(theirs)
+        return jnp.asarray(out)
+
+    params = jax.tree_util.tree_map_with_path(read, shapes)
+    output = f"{family.output}.weight"
+    tied = config.tied and output in tensors.files
+    if tied and not np.array_equal(tensors.take(output, params["embed"].shape), params["embed"]):
+        raise UserError(f"{folder} ties its output to the embedding but holds another: set tie_word_embeddings false")
+    if tensors.files:
+        name = min(tensors.files)
+        raise UserError(f"{folder} holds {name}, which this model has no place for: take a plain {family.architecture}")
+    return params, config
+
+
+def export_model(
+    params: dict, config: ModelConfig, folder: Path, *, bos_id: int = 1, eos_id: int = 2, shard_bytes: int = 2 << 30
+) -> None:
+    """Write config.json and float32 safetensors for `transformers.AutoModelForCausalLM.from_pretrained(folder)`.
+
+    params: as `init_params` returns them. shard_bytes: larger weights go into several files with an index.
+    Raises UserError when no family has such a model.
+    """
+    folder, (family, settings) = Path(folder), _write_config(config)
+    files: dict[str, str] = {}
+    shards = list(_shards(family, config, params, shard_bytes))
+    for number, names in enumerate(shards, 1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, {name: tensor() for name, tensor in names.items()})
+        files |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    ids = {"vocab_size": len(params["embed"]), "bos_token_id": bos_id, "eos_token_id": eos_id, "torch_dtype": "float32"}
+    write_json(folder / "config.json", settings | ids)
+
+
+def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> Iterator[dict[str, Callable]]:
+    """Yield for each file its names and functions that make the tensors, so that only one file's are in memory."""
+    shard: dict[str, Callable] = {}
+    size = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        stacked = path[0].key == "blocks"
+        for number in range(config.layers if stacked else 1):
+            index = number if stacked else slice(None)
+            shape = np.broadcast_to(np.float32(0), leaf.shape)[index]
+            for place, (name, part, _) in enumerate(_pieces(family, config, path, shape)):
+                if shard and size + 4 * part.size > limit:
+                    yield shard
+                    shard, size = {}, 0
+                size += 4 * part.size
+                name = name if path[0].key == "output" else family.prefix + name.format(number)
+                shard[name] = functools.partial(_piece, family, config, path, leaf, index, place)
+    yield shard
+
+
+def _piece(family: Family, config: ModelConfig, path, leaf, index: int | slice, place: int) -> np.ndarray:
+    _, part, form = list(_pieces(family, config, path, np.asarray(leaf[index])))[place]
+    return form(part)
+
+
+def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save
 
     arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
-    folder = Path(folder)
-    write_bytes(folder / _WEIGHTS, save(arrays, metadata={"format": "pt"}))
-    write_json(
-        folder / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            **{key: value for key, value, _ in _FIXED},
-            "vocab_size": tokenizer_vocab_size,
-            "hidden_size": config.width,
-            "intermediate_size": config.mlp,
-            "num_hidden_layers": config.layers,
-            "num_attention_heads": config.heads,
-            "num_key_value_heads": config.heads,
-            "head_dim": config.width // config.heads,
-            "rope_theta": config.rope_base,
-            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "tie_word_embeddings": True,
-            "bos_token_id": bos_id,
-            "eos_token_id": eos_id,
-            "torch_dtype": "float32",
-        },
-    )
+    write_bytes(path, save(arrays, metadata={"format": "pt"}))
 
 
-def import_llama(folder: Path) -> tuple[dict, ModelConfig]:
-    """Read a Llama model and return float32 parameters, as `init_params` makes them, and their ModelConfig.
+def _pieces(family: Family, config: ModelConfig, path, layer: np.ndarray) -> Iterator[tuple[str, np.ndarray, Callable]]:
+    """Yield for each tensor of theirs that a parameter of ours holds: its name, the part of `layer`, and ours -> theirs."""
+    *module, kind = (key.key for key in path)
+    module = ".".join(module) or kind
+    names = (family.output,) if module == "output" else family.modules[module]
+    inner, shared = config.heads * config.head_dim, config.groups * config.head_dim
+    cuts = {1: [], 2: [config.mlp], 3: [inner, inner + shared]}[len(names)]
+    interleaved = family.interleaved and module.endswith("qkv")
+    turned = kind == "kernel" and (family.transposed or module == "output")
 
-    Raises UserError for what this model cannot express: an output that is not the embedding, biases, key-value heads shared
-    by several query heads, scaled rotary positions, another activation or epsilon, weights in several files.
-    """
-    folder = Path(folder)
-    settings = read_json(folder / "config.json", "model config", "name a folder with a Hugging Face Llama model")
-    config = _read_config(settings, folder)
-    tensors = _read_tensors(folder / _WEIGHTS)
-    embed = _take(tensors, "model.embed_tokens.weight", (_number(settings, "vocab_size", folder), config.width), folder)
-    tied = settings.get("tie_word_embeddings", False)
-    head = tensors.pop("lm_head.weight", embed if tied else None)
-    if head is None or not np.array_equal(head, embed):
-        raise UserError(f"{folder} has an output matrix of its own: this model ties it to the embedding, take a tied model")
-    params = {
-        "embed": embed,
-        "blocks": _from_llama(tensors, config, folder),
-        "final_norm": {"scale": _take(tensors, "model.norm.weight", (config.width,), folder)},
-    }
-    left = sorted(name for name in tensors if not name.endswith("rotary_emb.inv_freq"))
-    if left:
-        raise UserError(f"{folder / _WEIGHTS} holds {left[0]}, which this model has no place for: take a plain Llama model")
-    return jax.tree.map(jnp.asarray, params), config
+    def form(part: np.ndarray) -> np.ndarray:
+        if interleaved:  # [..., 3, H, D] -> [..., H, 3, D]
+            part = part.reshape(*part.shape[:-1], 3, config.heads, -1).swapaxes(-3, -2).reshape(part.shape)
+        return part.T if turned else part
+
+    for name, part in zip(names, np.split(layer, cuts, axis=-1), strict=True):
+        yield f"{name}.{_SUFFIXES[kind]}", part, form
 
 
-def _to_llama(blocks: dict) -> dict[str, np.ndarray]:
-    """Return the stacked blocks under Llama's names, matrices as [L, out, in]."""
-    q, k, v = np.split(np.asarray(blocks["attention"]["qkv"]["kernel"]), 3, axis=2)
-    gate, up = np.split(np.asarray(blocks["mlp"]["gate_up"]["kernel"]), 2, axis=2)
-    out, down = blocks["attention"]["out"]["kernel"], blocks["mlp"]["down"]["kernel"]
-    matrices = {
-        **{f"self_attn.{name}_proj": matrix for name, matrix in (("q", q), ("k", k), ("v", v), ("o", out))},
-        **{f"mlp.{name}_proj": matrix for name, matrix in (("gate", gate), ("up", up), ("down", down))},
-    }
-    return {
-        **{f"{name}.weight": np.swapaxes(np.asarray(matrix), 1, 2) for name, matrix in matrices.items()},
-        "input_layernorm.weight": np.asarray(blocks["attention_norm"]["scale"]),
-        "post_attention_layernorm.weight": np.asarray(blocks["mlp_norm"]["scale"]),
-    }
+def _inverse(form: Callable, shape: tuple[int, ...]) -> Callable:
+    """Return theirs -> ours for a `form` that only moves elements about."""
+
+    def invert(theirs: np.ndarray) -> np.ndarray:
+        ours = np.empty(shape, theirs.dtype)
+        place = form(np.arange(ours.size).reshape(shape))
+        ours.reshape(-1)[place.reshape(-1)] = theirs.reshape(-1)
+        return ours
+
+    return invert
 
 
-def _from_llama(tensors: dict, config: ModelConfig, folder: Path) -> dict:
-    """Return the stacked blocks, taking their tensors out of `tensors`."""
-    width, mlp = config.width, config.mlp
+class _Tensors:
+    """The tensors of a folder, read one at a time. files: name without the family's prefix -> (file, name in it)."""
 
-    def stack(name: str, *shape: int) -> np.ndarray:
-        names = (f"model.layers.{number}.{name}.weight" for number in range(config.layers))
-        return np.stack([_take(tensors, each, shape, folder).T for each in names])
+    def __init__(self, folder: Path, family: Family):
+        self.folder, self.files = folder, {}
+        for path in self._paths():
+            for name in list(self._open(path).keys()):
+                plain = name.removeprefix(family.prefix)
+                plain = f"{family.output}.weight" if plain in ("lm_head.weight", "embed_out.weight") else plain
+                if not plain.endswith(_BUFFERS) or plain.endswith("c_attn.bias"):
+                    self.files[plain] = (path, name)
 
-    return {
-        "attention_norm": {"scale": stack("input_layernorm", width)},
-        "attention": {
-            "qkv": {"kernel": np.concatenate([stack(f"self_attn.{n}_proj", width, width) for n in "qkv"], axis=2)},
-            "out": {"kernel": stack("self_attn.o_proj", width, width)},
-        },
-        "mlp_norm": {"scale": stack("post_attention_layernorm", width)},
-        "mlp": {
-            "gate_up": {"kernel": np.concatenate([stack(f"mlp.{n}_proj", mlp, width) for n in ("gate", "up")], axis=2)},
-            "down": {"kernel": stack("mlp.down_proj", width, mlp)},
-        },
-    }
+    def take(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a tensor as float32 and forget it. Raises UserError unless it is there with this shape."""
+        if name not in self.files:
+            raise UserError(f"{self.folder} has no tensor {name}, which config.json asks for: save the model again")
+        path, key = self.files.pop(name)
+        file = self._open(path)
+        found = tuple(file.get_slice(key).get_shape())
+        if found != shape:
+            wanted = f"config.json asks for {list(shape)}"
+            raise UserError(f"{path}: {name} has shape {list(found)}, {wanted}: save the model again")
+        return np.asarray(file.get_tensor(key)).astype(np.float32)
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / _WEIGHTS).exists() or not (self.folder / _INDEX).exists():
+            return [self.folder / _WEIGHTS]
+        index = read_json(self.folder / _INDEX, "index of the weights", "save the model again")
+        names = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise UserError(f"{self.folder / _INDEX} does not map names to files beside it: save the model again")
+        return [self.folder / name for name in sorted(set(names.values()))]
+
+    @staticmethod
+    def _open(path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(path, framework="numpy")
+        except OSError as error:
+            reason = error.strerror or "no such file"
+            raise UserError(f"weights {path} cannot be read ({reason}): save the model as safetensors") from None
+        except SafetensorError:
+            raise UserError(f"weights {path} are not a safetensors file: save the model again") from None
 
 
-def _read_config(settings: dict, folder: Path) -> ModelConfig:
-    for key, ours, default in _FIXED:
-        theirs = settings.get(key, default)
-        if theirs != ours:
-            raise UserError(f"{folder / 'config.json'}: {key} is {theirs!r}, here it is {ours!r}: take another model")
-    width, heads = (_number(settings, key, folder) for key in ("hidden_size", "num_attention_heads"))
-    groups = settings.get("num_key_value_heads") or heads
-    if groups != heads:
-        raise UserError(f"{folder} has {groups} key-value heads for {heads} heads: here each has its own, take another")
-    if width % heads or (settings.get("head_dim") or width // heads) != width // heads or width // heads % 2:
-        raise UserError(f"{folder} has heads that are not hidden_size / {heads} wide, an even number: take another model")
+def _read_config(settings: dict, path: Path) -> tuple[Family, ModelConfig]:
+    """Return the family and the ModelConfig of a config.json, in the form that `_canonical` gives."""
+    family = FAMILIES.get(settings.get("model_type"))
+    if family is None:
+        raise UserError(f"{path}: model_type is {settings.get('model_type')!r}: take a model of {', '.join(FAMILIES)}")
+    settings = _flat(settings, path)
+    for key, ours in family.refused:
+        if settings.get(key, ours) != ours:
+            raise UserError(f"{path}: {key} is {settings[key]!r}, here it is {ours!r}: take another model")
+    values = dict(family.fixed)
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(ModelConfig)}
+    for key, field, default in family.fields:
+        if field == "activation":
+            values[field] = _activation(settings.get(key, default), key, family, path)
+        elif kinds[field] is int:
+            values[field] = _number(settings, key, path, default)
+        else:
+            value = settings.get(key, default)
+            if not isinstance(value, (int, float)):
+                raise UserError(f"{path}: {key} is {value!r}: it must be a {kinds[field].__name__}")
+            values[field] = kinds[field](value)
+    if "local_window" in values:
+        values |= _locality(settings, values, path)
+    config = ModelConfig(**values)
+    for rule in model_rules(config):
+        raise UserError(f"{path}: {rule}")
+    return family, _canonical(config)
+
+
+def _write_config(config: ModelConfig) -> tuple[Family, dict]:
+    """Return the first family that has such a model, and its config.json. Raises UserError when there is none."""
+    config = _canonical(config)
+    resolved = dataclasses.replace(config, kv_heads=config.groups, head_width=config.head_dim)
+    nearest: list[str] = []
+    for name, family in FAMILIES.items():
+        if config.gated != ("blocks.mlp.gate_up" in family.modules):
+            continue
+        settings = {"model_type": name, "architectures": [family.architecture]}
+        settings |= {key: getattr(resolved, field) for key, field, _ in family.fields}
+        key = next(key for key, field, _ in family.fields if field == "activation")
+        settings[key] = "silu" if config.gated else config.activation
+        if config.positions == "rotary":
+            rope = {key: settings[key] for key in ("rope_theta", "partial_rotary_factor") if key in settings}
+            settings["rope_parameters"] = {"rope_type": "default", **rope}
+        if "window_size" in settings:
+            kinds = [["global", "local"][local] for local in config.local_layers]
+            settings |= {"attention_types": [[kinds, 1]], "window_size": config.local_window or 256}
+        back = _read_config(settings, Path("config.json"))[1]
+        if back == config:
+            return family, settings
+        differ = [f.name for f in dataclasses.fields(config) if getattr(back, f.name) != getattr(config, f.name)]
+        nearest = min(nearest or differ, differ, key=len)
+    what = ", ".join(f"model.{field} {getattr(config, field)}" for field in nearest)
+    raise UserError(f"no family of {', '.join(FAMILIES)} has a model with {what}: change it, or keep the model here")
+
+
+def _canonical(config: ModelConfig) -> ModelConfig:
+    """Return an equal model in which what follows from other fields, or has no effect, is as the defaults have it."""
+    own = {"kv_heads": config.groups % config.heads, "mlp_width": config.mlp}
+    own["head_width"] = 0 if config.head_dim * config.heads == config.width else config.head_dim
+    idle = ("rope_base", "rotary_share") if config.positions == "learned" else ()
+    idle += () if config.local_window else ("local_every",)
+    return dataclasses.replace(config, **own, **{field: getattr(ModelConfig, field) for field in idle})
+
+
+def _flat(settings: dict, path: Path) -> dict:
+    """Return the settings with those of the rotary positions, old names and new, beside the others."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise UserError(f"{folder} scales its rotary positions: this model does not, take another")
-    return ModelConfig(
-        layers=_number(settings, "num_hidden_layers", folder),
-        width=width,
-        heads=heads,
-        mlp_width=_number(settings, "intermediate_size", folder),
-        rope_base=float(rope.get("rope_theta", settings.get("rope_theta", 10000.0))),
-    )
+        raise UserError(f"{path} scales its rotary positions: this model does not, take another")
+    old = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+    named = {new: settings[name] for name, new in old.items() if name in settings}
+    return settings | named | {key: rope[key] for key in old.values() if rope.get(key) is not None}
 
 
-def _number(settings: dict, key: str, folder: Path) -> int:
-    value = settings.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise UserError(f"{folder / 'config.json'}: {key} is {value!r}: it must be a whole number of 1 or more")
+def _activation(theirs: Any, key: str, family: Family, path: Path) -> str:
+    ours = _ACTIVATIONS.get(theirs) if isinstance(theirs, str) else None
+    if ours is None or (ours == "swiglu") != ("blocks.mlp.gate_up" in family.modules):
+        known = [name for name in _ACTIVATIONS if (name == "silu") == ("blocks.mlp.gate_up" in family.modules)]
+        raise UserError(f"{path}: {key} is {theirs!r}, here it is one of {', '.join(known)}: take another model")
+    return ours
+
+
+def _locality(settings: dict, values: dict, path: Path) -> dict:
+    """Return local_window and local_every of GPT-Neo's attention_types, a list of [kinds, repetitions]."""
+    types = settings.get("attention_types") or [[["global", "local"], 12]]
+    layers = tuple(kind == "local" for kinds, times in types for _ in range(times) for kind in kinds)
+    for every in range(1, len(layers) + 2):
+        window = values["local_window"] if any(layers) else 0
+        local = {"local_window": window, "local_every": every}
+        if ModelConfig(layers=values["layers"], **local).local_layers == layers:
+            return local
+    raise UserError(f"{path}: attention_types is no regular pattern of {values['layers']} layers: take another model")
+
+
+def _number(settings: dict, key: str, path: Path, default: int | None = None) -> int:
+    """Return a whole number; None in the file, where the family has a default, means that it follows from others: 0."""
+    value = settings.get(key, default)
+    if value is None and default is not None:
+        return 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key not in settings else 1):
+        raise UserError(f"{path}: {key} is {value!r}: it must be a whole number of 1 or more")
     return value
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    if not path.exists() and path.with_suffix(".safetensors.index.json").exists():
-        raise UserError(f"{path.parent} holds its weights in several files: save it again in one (max_shard_size)")
-    try:
-        return {name: tensor.astype(np.float32) for name, tensor in load(path.read_bytes()).items()}
-    except OSError as error:
-        raise UserError(f"weights {path} cannot be read ({error.strerror}): save the model as safetensors") from None
-    except SafetensorError:
-        raise UserError(f"weights {path} are not a safetensors file: save the model again") from None
-
-
-def _take(tensors: dict, name: str, shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    tensor = tensors.pop(name, None)
-    if tensor is None or tensor.shape != shape:
-        found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
-        raise UserError(f"{folder / _WEIGHTS}: {name} is {found}, config.json asks for {list(shape)}: save the model again")
-    return tensor
