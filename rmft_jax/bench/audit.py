@@ -86,7 +86,7 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
             "weights": config.training.init_from or "initial",
         },
         "value": float(ours),
-        "peer": f"transformers generate, greedy, sdpa, float32, {os.cpu_count()} threads",
+        "peer": f"transformers generate, greedy, float32, {os.cpu_count()} threads",
         "peer_value": float(theirs),
         "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
         "same_output": bool(equal.all()),
