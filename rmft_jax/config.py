@@ -289,9 +289,15 @@ class TrainingConfig:
     dropout: probability, on the embedding and on what each attention and MLP adds to the residual stream.
     early_stopping: stop when held-out perplexity has not improved for so many checkpoints, 0 = never; the best checkpoint
     is then the model handed over.
+    accumulation: microbatches that the batch is cut into, one after the other through the model, to save memory.
+    loss_chunk: tokens of a device whose logits are held at once, 0 = all. z_loss: weight of log(Z)^2 in the loss, where Z is
+    the sum of exp(logits).
+    remat: what the backward pass computes again instead of keeping it. none | full (all inside a block) | dots (all but
+    matrix products).
     """
 
     batch_size: int = 16
+    accumulation: int = 1
     sequence_length: int = 128
     epochs: float = 6.0
     steps: int = 0
@@ -307,16 +313,24 @@ class TrainingConfig:
     beta2: float = 0.98
     gradient_clip: float = 1.0
     dtype: str = "float32"
+    loss_chunk: int = 0
+    z_loss: float = 0.0
+    remat: str = "none"
     log_every: int = 20
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 (at most once) takes what is left."""
+    """Devices along each axis; -1 (at most once) takes what is left.
+
+    replica: copies of the model, each with its share of the batch. fsdp: the batch too, with parameters and optimizer state
+    split. tensor: heads, MLP and vocabulary. context: the positions of each sequence.
+    """
 
     replica: int = -1
     fsdp: int = 1
     tensor: int = 1
+    context: int = 1
 
 
 @dataclass(frozen=True)
@@ -475,6 +489,7 @@ _CHOICES = {
     "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.schedule": ("linear", "cosine"),
     "training.dtype": ("float32", "bfloat16"),
+    "training.remat": ("none", "full", "dots"),
 }
 _RANGES = {  # inclusive
     "seed": (0, 2**31 - 1),
@@ -516,6 +531,9 @@ _RANGES = {  # inclusive
     "model.local_window": (0, None),
     "model.local_every": (1, None),
     "training.batch_size": (1, None),
+    "training.accumulation": (1, None),
+    "training.loss_chunk": (0, None),
+    "training.z_loss": (0.0, 1.0),
     "training.sequence_length": (8, None),
     "training.epochs": (0.0, None),
     "training.steps": (0, None),
@@ -608,6 +626,12 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if privacy.on and privacy.microbatch and training.batch_size % privacy.microbatch:
         yield (f"training.batch_size {training.batch_size} is not divisible by privacy.microbatch {privacy.microbatch}: "
                f"change one of them")  # fmt: skip
+    if training.batch_size % training.accumulation:
+        yield (f"training.batch_size {training.batch_size} is not divisible by training.accumulation "
+               f"{training.accumulation}: change one of them")  # fmt: skip
+    if privacy.on and training.accumulation > 1:
+        yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
+               f"the same: set that one, and training.accumulation=1")  # fmt: skip
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
     yield from _pii_rules(config)
@@ -617,24 +641,36 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"canary.count=0")  # fmt: skip
     if canary.count and "email" not in config.pii.types:
         yield "canary.count is set, but pii.types has no email: canaries are addresses, add it or set canary.count=0"
-    sizes = dataclasses.astuple(config.mesh)
-    if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        yield f"mesh is replica={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}: use positive sizes, -1 at most once"
+    sizes = dataclasses.asdict(config.mesh)
+    if any(size == 0 or size < -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        named = " ".join(f"{name}={size}" for name, size in sizes.items())
+        yield f"mesh is {named}: use positive sizes, -1 at most once"
     if "/" in config.name or config.name.startswith("."):
         yield f"name is {config.name!r}: a run's name is one directory name, without '/'"
-    for key, size in (("heads", model.heads), ("kv_heads", model.groups), ("mlp", model.mlp), ("width", model.width)):
-        if config.mesh.tensor > 1 and size % config.mesh.tensor:
-            yield f"model {key} {size} is not divisible by mesh.tensor {config.mesh.tensor}: change one"
-    if config.mesh.fsdp > 1 and model.width % config.mesh.fsdp:
-        yield f"model.width {model.width} is not divisible by mesh.fsdp {config.mesh.fsdp}: change one of them"
-    if config.mesh.tensor > 1 and config.tokenizer.vocab_size % config.mesh.tensor:
-        yield (f"tokenizer.vocab_size {config.tokenizer.vocab_size} is not divisible by mesh.tensor "
-               f"{config.mesh.tensor}: change one of them")  # fmt: skip
-    rows = [size for size in sizes[:2] if size > 0]
-    for size in rows:
-        if training.batch_size % size:
-            yield (f"training.batch_size {training.batch_size} is not divisible by the {size} devices of a mesh axis "
-                   f"it is split over: change training.batch_size or mesh")  # fmt: skip
+    yield from mesh_faults(config, {name: max(1, size) for name, size in sizes.items()})
+
+
+def mesh_faults(config: Config, sizes: dict[str, int]) -> typing.Iterator[str]:
+    """Yield a line for each thing that does not split evenly over a mesh, with the setting to change and to what.
+
+    sizes: of the axes replica, fsdp, tensor and context, all known.
+    """
+    model, rows = config.model, sizes["replica"] * sizes["fsdp"]
+    microbatch, over = config.training.batch_size // config.training.accumulation, "mesh.replica x mesh.fsdp"
+    split = (
+        ("training.batch_size", config.training.batch_size, over, rows),
+        ("training.batch_size / training.accumulation", microbatch, over, rows),
+        ("training.sequence_length", config.training.sequence_length, "mesh.context", sizes["context"]),
+        ("model.heads", model.heads, "mesh.tensor", sizes["tensor"]),
+        ("model.kv_heads", model.groups, "mesh.tensor", sizes["tensor"]),
+        ("the MLP's width (model.mlp_width)", model.mlp, "mesh.tensor", sizes["tensor"]),
+        ("tokenizer.vocab_size", config.tokenizer.vocab_size, "mesh.tensor", sizes["tensor"]),
+        ("model.width", model.width, "mesh.fsdp", sizes["fsdp"]),
+    )
+    for setting, value, axis, size in split:
+        if value % size:
+            near = " or ".join(str(n) for n in (value // size * size, -(-value // size) * size) if n)
+            yield f"{setting} {value} is not divisible by the {size} devices of {axis}: use {near}, or change {axis}"
 
 
 def model_rules(model: ModelConfig) -> typing.Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import jax
@@ -28,10 +29,11 @@ def use_cores(config: Config | None = None) -> None:
 def devices_for(config: Config, cores: int) -> int:
     """Return how many CPU devices to make: as many as a fixed mesh has, else the most of `cores` that split the batch."""
     mesh = config.mesh
-    fixed = int(np.prod([size for size in (mesh.replica, mesh.fsdp, mesh.tensor) if size > 0]))
+    fixed = int(np.prod([size for size in dataclasses.astuple(mesh) if size > 0]))
     if -1 not in (mesh.replica, mesh.fsdp):
         return fixed
-    fitting = (n for n in range(cores, 0, -1) if n % fixed == 0 and config.training.batch_size % (n // mesh.tensor) == 0)
+    one_row, rows = mesh.tensor * mesh.context, config.training.batch_size // config.training.accumulation
+    fitting = (n for n in range(cores, 0, -1) if n % fixed == 0 and rows % (n // one_row) == 0)
     return next(fitting, fixed)
 
 

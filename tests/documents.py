@@ -2,14 +2,20 @@
 
 import random
 
+import jax
 import numpy as np
 
 from rmft_jax.config import PiiConfig
 from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import component_values
 from rmft_jax.data.tagging import Identities, tag
+from rmft_jax.kernels import mask_batch
+from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
+from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.masking import masking_key, masking_rules
 
 NAMES = ["ann", "bob.stone", "j", "carla.van.der.berg", "x_17", "Dora", "maximilian", "f..brawner", "a-b"]
 DOMAINS = ["alder.example.com", "b.example.org", "mail.quartz-works.example.net", "C.EXAMPLE.COM", "zz.co.uk"]
@@ -59,3 +65,21 @@ def bank_of(texts: list[str], spans, tokenizer, detector: Detector | None = None
 def blocks_of(records: list[dict], stride: int) -> Blocks:
     """Cut records into blocks."""
     return Blocks(Corpus(records), stride=stride)
+
+
+SMALL = ["model.layers=1", "model.width=16", "model.heads=1", "masking.policy=none", "training.batch_size=4"]
+
+
+def small_config(tiny, *settings):
+    return tiny(*SMALL, *settings)
+
+
+def small_batch(tiny, prepared, *settings):
+    """Return a config, a masked batch and parameters for it."""
+    config = small_config(tiny, *settings)
+    blocks, _ = load_blocks(config, prepared)
+    tagged = next(batches(blocks, batch_size=config.training.batch_size, seed=0))
+    key, rules = masking_key(config.seed), masking_rules(config)
+    length = config.training.sequence_length + 1
+    masked = jax.jit(lambda tagged: mask_batch(tagged, prepared.bank, key, length=length, rules=rules))(tagged)
+    return config, masked, init_params(config.model, prepared.tokenizer.vocab_size, jax.random.key(1))

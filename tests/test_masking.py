@@ -7,7 +7,7 @@ import pytest
 from documents import blocks_of, random_texts, tagged
 from scipy import stats
 
-from rmft_jax.config import PiiConfig
+from rmft_jax.config import MeshConfig, PiiConfig
 from rmft_jax.data.blocks import as_batch
 from rmft_jax.data.tokenizer import BOS, EOS
 from rmft_jax.kernels import (
@@ -125,7 +125,7 @@ def test_masked_tokens_do_not_depend_on_devices_or_batch_split(prepared, corpus,
     blocks = blocks_of(corpus[3], stride=40)
     rows = [with_epoch(blocks[i], i % 3) for i in range(32)]
     alone = [mask([row], prepared.bank, length=49) for row in rows]
-    mesh = make_mesh(type("M", (), {"replica": -1, "fsdp": 1, "tensor": 1}), jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     batch = jax.device_put(as_batch(rows), batch_sharding(mesh))
     function = jax.jit(mask_batch, static_argnames=("rules", "length"))
     together = function(batch, prepared.bank, KEY, rules=Rule("keep_first"), length=49)

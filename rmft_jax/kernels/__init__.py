@@ -1,7 +1,7 @@
 """Pure, jittable array functions, usable in any JAX program: they import nothing of rmft_jax outside this room."""
 
 from rmft_jax.kernels.attention import attention, causal_mask, document_positions, rotary
-from rmft_jax.kernels.cross_entropy import target_mask, token_nll
+from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
 from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
 from rmft_jax.kernels.exposure import exposure_by_rank
 from rmft_jax.kernels.extraction_scores import (
@@ -41,11 +41,11 @@ from rmft_jax.kernels.membership import (
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "GOLDFISH", "PII", "POLICIES", "SURROGATE", "TEXT", "MaskedBatch", "Rule", "Spans", "Spliced", "SurrogateBank",
-    "TaggedBatch", "all_hit", "attention", "average_weights", "causal_mask", "choose_surrogates", "document_positions",
-    "draw_surrogates", "early_learning_penalty", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
-    "goldfish_mask", "is_real_value", "loss_score", "mask_batch", "min_k_plus_plus_score", "min_k_score",
-    "n_p_discoverable", "queries_needed", "reference_score", "replaced_components", "replaced_spans", "rotary",
-    "span_values", "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics",
-    "window_hash", "zlib_score",
+    "CrossEntropy", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "SURROGATE", "Spans", "Spliced",
+    "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights", "causal_mask",
+    "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates", "early_learning_penalty",
+    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "goldfish_mask", "is_real_value", "loss_score",
+    "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
+    "replaced_components", "replaced_spans", "rotary", "span_values", "splice", "splice_reference", "target_mask",
+    "token_nll", "uniform_below", "vocabulary_statistics", "window_hash", "zlib_score",
 ]  # fmt: skip

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import PartitionSpec
 
 from rmft_jax.config import ModelConfig
 from rmft_jax.kernels import attention, causal_mask, document_positions, rotary
@@ -46,6 +48,13 @@ _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": 
 
 # Blocks a loop iteration: 8% faster than 1 on CPU, and the program stays as small however deep the model is.
 _UNROLL = 4
+
+# What is kept of each block for the backward pass: all, its input alone, or that and the results of its matrix products.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
 
 
 class Cache(NamedTuple):
@@ -198,6 +207,15 @@ def _run_block(config: ModelConfig, params: dict, *args):
     return nnx.merge(graph, state, rest)(*args)
 
 
+def place(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Split an activation over the mesh as the logical axis rules in force say; return it as it is where there are none.
+
+    axes: logical axis of each dimension, None = whole; dimensions beyond them are whole too.
+    """
+    rules = dict(get_logical_axis_rules())
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(rules.get, axes))) if rules else x
+
+
 def _normalise(x, config: ModelConfig, norm: dict):
     x32 = x.astype(jnp.float32)
     if config.norm == "layer":
@@ -217,23 +235,24 @@ def output_matrix(params: dict) -> jax.Array:
     return params["output"]["kernel"] if "output" in params else params["embed"].T
 
 
-def forward(
-    params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp.float32, dropout: float = 0.0, key=None
-) -> jax.Array:
+def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp.float32, **more) -> jax.Array:
     """Return logits [B, T, V] in `dtype` for rows of packed documents, none of which sees another.
 
-    tokens, segment_ids: int32 [B, T], segment 0 = padding (its logits mean nothing).
-    dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
-      al. 2014); at 0 the program holds no draws and needs no key.
+    tokens, segment_ids, more: as `hidden` has them; the logits of padding mean nothing.
     """
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    return hidden(params, config, tokens, segment_ids, dropout=dropout, key=key) @ output_matrix(params)
+    return hidden(params, config, tokens, segment_ids, **more) @ output_matrix(params)
 
 
-def hidden(params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: float = 0.0, key=None) -> jax.Array:
-    """Return the normalised features [B, T, E] that `output_matrix` turns into logits; arguments as `forward` has them.
+def hidden(
+    params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: float = 0.0, key=None, remat: str = "none"
+) -> jax.Array:
+    """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
-    params: in the dtype to compute in.
+    params: in the dtype to compute in. tokens, segment_ids: int32 [B, T], segment 0 = padding.
+    dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
+      al. 2014); at 0 the program holds no draws and needs no key.
+    remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(segment_ids)
@@ -246,8 +265,11 @@ def hidden(params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: f
             seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
             return attention(q, k, v, seen, config.attention_scale), None
 
-        return _run_block(config, block, x, positions, attend, lambda branch, number: _drop(branch, dropout, key, number))
+        drop = lambda branch, number: _drop(branch, dropout, key, number)  # noqa: E731
+        return _run_block(config, block, place(x, "batch", "sequence"), positions, attend, drop)
 
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)

@@ -23,7 +23,7 @@ from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.masking import masked_share
-from rmft_jax.training.mesh import batch_sharding, check_batch, make_mesh, shardings_for
+from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
@@ -51,7 +51,7 @@ def train(config: Config) -> Path:
     blocks, heldout = load_blocks(config, prepared)
     plan = make_plan(config, len(blocks))
     mesh = make_mesh(config.mesh)
-    check_batch(config.training.batch_size, mesh)
+    check_mesh(config, mesh, prepared.tokenizer.vocab_size)
     initial = _initial_params(config, prepared) if config.training.init_from else None
     resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
     directory = config.run_dir

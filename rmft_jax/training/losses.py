@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax.core.spmd import get_logical_axis_rules
+from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config, LossConfig
-from rmft_jax.kernels import MaskedBatch, early_learning_penalty, goldfish_mask, target_mask, token_nll
-from rmft_jax.models.gpt import forward
+from rmft_jax.kernels import CrossEntropy, MaskedBatch, cross_entropy, early_learning_penalty, goldfish_mask, target_mask
+from rmft_jax.models.gpt import forward, hidden, output_matrix
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _DROPOUT = 0x64726F70  # stream of random bits
@@ -36,37 +38,88 @@ def token_weights(config: LossConfig, masked: MaskedBatch) -> jax.Array:
     return weights
 
 
-def token_losses(params: dict, config: Config, masked: MaskedBatch, *, average: dict | None = None, key=None) -> jax.Array:
-    """Return the loss of each next token in nats, float32 [B, N-1]: cross entropy, with what loss.elr_weight adds to it.
+def weighted_loss(
+    params: dict, config: Config, masked: MaskedBatch, weights: jax.Array, *, average: dict | None = None, key=None
+) -> tuple[jax.Array, CrossEntropy]:
+    """Return the sum over next tokens of weight x loss in nats, float32 [], and the CrossEntropy of each, [B, N-1].
 
-    average: the average of the weights that early-learning regularization takes its targets from. key: of dropout. Either is
-    needed only where it is switched on.
+    The loss is cross entropy, with what training.z_loss and loss.elr_weight add to it.
+
+    weights: bool or float32 [B, N-1], as from `token_weights`. average: the average of the weights that early-learning
+    regularization takes its targets from. key: of dropout. Either is needed only where it is switched on.
     """
-    inputs = masked.tokens[:, :-1], masked.segment_ids[:, :-1]
-    dtype = DTYPES[config.training.dtype]
-    logits = forward(params, config.model, *inputs, dtype=dtype, dropout=config.training.dropout, key=key)
-    losses = token_nll(logits, masked.tokens[:, 1:])
+    training, dtype = config.training, DTYPES[config.training.dtype]
+    inputs, targets = (masked.tokens[:, :-1], masked.segment_ids[:, :-1]), masked.tokens[:, 1:]
+    cast = jax.tree.map(lambda x: x.astype(dtype), params)
+    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, remat=training.remat)
+    total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
     if config.loss.elr_weight:
-        targets = forward(jax.lax.stop_gradient(average), config.model, *inputs, dtype=dtype)
-        losses += config.loss.elr_weight * early_learning_penalty(logits, targets)
-    return losses
+        logits = features @ output_matrix(cast)
+        earlier = forward(jax.lax.stop_gradient(average), config.model, *inputs, dtype=dtype)
+        total += config.loss.elr_weight * jnp.sum(weights * early_learning_penalty(logits, earlier))
+    return total, scores
 
 
-def weighted_mean(losses: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return sum(weights x losses) / sum(weights) over the global batch, 0 where no token weighs anything, and sum(weights).
+def spread_cross_entropy(features, output, targets, weights, config: Config) -> tuple[jax.Array, CrossEntropy]:
+    """Return `kernels.cross_entropy` of rows, [B, T], each device taking its own tokens, training.loss_chunk at a time.
 
-    losses: float32 [B, T]; weights: bool or float32 [B, T]. Under `jit` the sums run over all devices and hosts.
+    features: [B, T, E]; output: [E, V]; targets, weights: [B, T]. Within `placement` rows and positions stay where they are
+    and the gradient of `output` is summed over the devices once, not once a chunk.
     """
-    total = jnp.sum(weights)
-    return jnp.sum(losses * weights) / jnp.where(total > 0, total, 1), total
+
+    def of_rows(features, output, targets, weights):
+        flat = (features.reshape(-1, features.shape[-1]), output, targets.reshape(-1), weights.reshape(-1))
+        total, scores = cross_entropy(*flat, config.training.loss_chunk, config.training.z_loss)
+        return total[None], jax.tree.map(lambda x: x.reshape(targets.shape), scores)
+
+    rules = dict(get_logical_axis_rules())
+    if rules.get("batch"):
+        rows, tokens = (*rules["batch"], rules["sequence"]), P(rules["batch"], rules["sequence"])
+        of_rows = jax.shard_map(
+            of_rows,
+            in_specs=(tokens, P(), tokens, tokens),
+            out_specs=(P(rows), tokens),
+            axis_names=set(rows),
+            check_vma=False,
+        )
+    totals, scores = of_rows(features, output, targets, weights)
+    return jnp.sum(totals), scores
 
 
 def loss_and_gradient(params: dict, config: Config, masked: MaskedBatch, *, average=None, key=None) -> tuple[dict, dict]:
-    """Return the gradient of the mean loss over the batch, and metrics: loss, targets (the sum of the weights)."""
+    """Return the gradient of the mean loss over the batch, and metrics: loss, targets (the sum of the weights), hit.
 
-    def mean_loss(params):
-        losses = token_losses(params, config, masked, average=average, key=key)
-        return weighted_mean(losses, token_weights(config.loss, masked))
+    The mean is sum(weights x losses) / sum(weights) over the global batch, 0 where no token weighs anything. Under `jit` the
+    sums run over all devices and hosts. hit: bool [B, N-1], whether each next token is the likeliest one.
+    With training.accumulation A the rows pass through the model in A microbatches, one after the other. What is divided by
+    is the weight of the whole batch, so that the result does not depend on which targets lie in which microbatch.
+    """
+    weights, count = token_weights(config.loss, masked), config.training.accumulation
+    targets = jnp.sum(weights)
+    total = jnp.where(targets > 0, targets, 1).astype(jnp.float32)
 
-    (loss, targets), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
-    return gradient, {"loss": loss, "targets": targets}
+    def of_rows(masked, weights, key):
+        def share(params):
+            loss, scores = weighted_loss(params, config, masked, weights, average=average, key=key)
+            return loss / total, scores.hit
+
+        return jax.value_and_grad(share, has_aux=True)(params)
+
+    if count == 1:
+        (loss, hit), gradient = of_rows(masked, weights, key)
+        return gradient, {"loss": loss, "targets": targets, "hit": hit}
+
+    def add(sums, inputs):
+        number, rows, weights = inputs
+        (loss, hit), gradient = of_rows(rows, weights, None if key is None else jax.random.fold_in(key, number))
+        return jax.tree.map(jnp.add, sums, (loss, gradient)), hit
+
+    microbatches = jax.tree.map(lambda x: _deal(x, count), (masked, weights))
+    start = jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    (loss, gradient), hit = jax.lax.scan(add, start, (jnp.arange(count), *microbatches))
+    return gradient, {"loss": loss, "targets": targets, "hit": hit.swapaxes(0, 1).reshape(weights.shape)}
+
+
+def _deal(x: jax.Array, count: int) -> jax.Array:
+    """Return [count, B / count, ...]: row r goes to microbatch r % count, so that devices keep the rows they hold."""
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)

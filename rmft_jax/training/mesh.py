@@ -2,43 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from flax.core.spmd import logical_axis_rules
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rmft_jax.config import MeshConfig
+from rmft_jax.config import Config, MeshConfig, mesh_faults
 from rmft_jax.errors import UserError
 from rmft_jax.models.gpt import LOGICAL_AXES
 
-AXES = ("replica", "fsdp", "tensor")
-RULES = {"batch": ("replica", "fsdp"), "vocab": "tensor", "embed": "fsdp", "heads": "tensor", "mlp": "tensor"}
+AXES = ("replica", "fsdp", "tensor", "context")
+RULES = {
+    "batch": ("replica", "fsdp"),
+    "sequence": "context",
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+}
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Return the size of each axis on so many devices, in the order of AXES.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    sizes = {name: getattr(config, name) for name in AXES}
+    known = math.prod(size for size in sizes.values() if size > 0)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free and devices % known == 0:
+        sizes[free[0]] = devices // known
+    elif free or known != devices:
+        named = " ".join(f"{name}={size}" for name, size in sizes.items())
+        raise UserError(
+            f"mesh {named} does not fit {devices} devices: make the product of the axes equal to it, or set one axis to -1"
+        )
+    return sizes
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Lay out the devices. Raises UserError when the axes' sizes do not multiply to their number."""
+    """Lay out the devices, all of them unless said. Raises UserError as `mesh_sizes` does."""
     devices = jax.devices() if devices is None else devices
-    sizes = [config.replica, config.fsdp, config.tensor]
-    known = 1
-    for size in sizes:
-        known *= size if size > 0 else 1
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices):
-        raise UserError(
-            f"mesh replica={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]} does not fit {len(devices)} devices: "
-            f"make the product of the axes equal to it, or set one axis to -1"
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    sizes = tuple(mesh_sizes(config, len(devices)).values())
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Raise UserError unless the batch splits evenly over the mesh."""
-    parts = mesh.shape["replica"] * mesh.shape["fsdp"]
-    if batch_size % parts:
-        raise UserError(
-            f"training.batch_size {batch_size} is not divisible by the {parts} devices of mesh replica x fsdp: "
-            f"use a multiple of {parts}"
-        )
+def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """Return the mesh of so many devices without having them. Raises UserError as `mesh_sizes` does."""
+    sizes = tuple(mesh_sizes(config, devices).values())
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(config: Config, mesh: Mesh | AbstractMesh, vocab_size: int) -> None:
+    """Raise UserError, naming the setting, unless batch, sequence and parameters split evenly over the mesh."""
+    tokenizer = dataclasses.replace(config.tokenizer, vocab_size=vocab_size)
+    for fault in mesh_faults(dataclasses.replace(config, tokenizer=tokenizer), dict(mesh.shape)):
+        raise UserError(fault)
+
+
+@contextlib.contextmanager
+def placement(mesh: Mesh, *, batch: bool = True) -> Iterator[None]:
+    """Have `models.gpt.place` split activations over the mesh, in programs that are traced within.
+
+    batch: False leaves the axis of the rows to XLA, as where `vmap` takes it away.
+    """
+    rules = RULES if batch else RULES | {"batch": None}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), logical_axis_rules(tuple(rules.items())):
+        yield
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -46,12 +81,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def shardings_for(tree, mesh: Mesh):
+def shardings_for(tree, mesh: Mesh | AbstractMesh):
     """Return a NamedSharding for each leaf: by LOGICAL_AXES where a path ends in a parameter's, else replicated.
 
     Optimizer states carry the parameters' paths within their own, so that their moments are placed the same way.

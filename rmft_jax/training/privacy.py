@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rmft_jax.config import Config, PrivacyConfig
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import MaskedBatch
-from rmft_jax.training.losses import token_losses, token_weights
+from rmft_jax.training.losses import token_weights, weighted_loss
 
 _NOISE = 0x6E6F6973  # stream of random bits
 UNIT = "one block of packed text; neighbouring data sets differ in that one block counts for nothing"
@@ -113,7 +113,7 @@ def private_gradient(params: dict, config: Config, masked: MaskedBatch, *, step:
 
     def block_loss(params, block: MaskedBatch, key):
         weights = token_weights(config.loss, block)
-        weighted = jnp.sum(token_losses(params, config, block, key=None if key is None else key[0]) * weights)
+        weighted, _ = weighted_loss(params, config, block, weights, key=None if key is None else key[0])
         return weighted / config.training.sequence_length, (weighted, jnp.sum(weights))
 
     gradient_of = clipped_grad(

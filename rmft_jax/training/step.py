@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from rmft_jax.config import Config
-from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask, token_nll
-from rmft_jax.models.gpt import forward, init_params
-from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient
+from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask
+from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
+from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spread_cross_entropy
 from rmft_jax.training.masking import masking_key, masking_rules
-from rmft_jax.training.mesh import batch_sharding, replicated, shardings_for
+from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
 from rmft_jax.training.privacy import private_gradient
 
 
@@ -47,11 +47,13 @@ def train_step(
         length=config.training.sequence_length + 1,
         rules=masking_rules(config),
     )
+    masked = jax.tree.map(lambda x: place(x, "batch"), masked)  # whole rows: surrogates move tokens across any cut
     key = dropout_key(config.seed, state["step"]) if config.training.dropout else None
     if config.privacy.on:
         gradients, scores = private_gradient(state["params"], config, masked, step=state["step"], key=key)
     else:
         gradients, scores = loss_and_gradient(state["params"], config, masked, average=state.get("average"), key=key)
+        del scores["hit"]  # metrics are scalars
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
     identity = jnp.where(masked.shown, batch.span_identity, state["seen"].size)  # beyond the end: dropped
     new = {
@@ -77,7 +79,8 @@ def compile_train_step(config: Config, optimizer, mesh: Mesh, state: dict) -> Ca
     state_shardings = shardings_for(state, mesh)
 
     def step(state, batch, bank):
-        return train_step(state, batch, bank, config=config, optimizer=optimizer)
+        with placement(mesh, batch=not config.privacy.on):
+            return train_step(state, batch, bank, config=config, optimizer=optimizer)
 
     return jax.jit(
         step,
@@ -91,11 +94,11 @@ def compile_eval_step(config: Config, mesh: Mesh) -> Callable:
     """Return the jitted `(params, batch) -> (nll float32 [B, W-1], is_target, is_pii)` on unmasked rows."""
 
     def step(params, batch: TaggedBatch):
-        segments = batch.segment_ids
-        logits = forward(
-            params, config.model, batch.tokens[:, :-1], segments[:, :-1], dtype=DTYPES[config.training.dtype]
-        )
-        is_pii = batch.component[:, 1:] > 0
-        return token_nll(logits, batch.tokens[:, 1:]), target_mask(segments), is_pii
+        segments, targets = batch.segment_ids, target_mask(batch.segment_ids)
+        with placement(mesh):
+            params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
+            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1])
+            _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
+        return scores.nll, targets, batch.component[:, 1:] > 0
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
