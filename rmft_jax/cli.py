@@ -51,11 +51,14 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from rmft_jax.config import load_config
 
     settings = load_config(config, overrides or [])
-    from rmft_jax.devices import use_cores
+    from rmft_jax.devices import is_main, join_processes, use_cores
     from rmft_jax.training.loop import train
 
     use_cores(settings)
-    print(train(settings))
+    join_processes()
+    directory = train(settings)
+    if is_main():
+        print(directory)
 
 
 @app.command()

@@ -294,6 +294,13 @@ class TrainingConfig:
     the sum of exp(logits).
     remat: what the backward pass computes again instead of keeping it. none | full (all inside a block) | dots (all but
     matrix products).
+    optimizer: adamw | adafactor (Shazeer & Stern 2018) | lion (Chen et al. 2023) | muon (Jordan et al. 2024, on the matrices
+    of the blocks; AdamW on the rest). beta1 and beta2 are theirs where they have such; adafactor has none.
+    schedule: linear | cosine | wsd (warm-up, stable, linear decay over the last `decay_share` of the steps; Hu et al. 2024).
+    skip_above: leave out a step whose loss is over so many times the running average of the losses; 0 = only steps whose
+    loss or gradient is not finite.
+    steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
+    profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     """
 
     batch_size: int = 16
@@ -302,9 +309,11 @@ class TrainingConfig:
     epochs: float = 6.0
     steps: int = 0
     init_from: str = ""
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     schedule: str = "linear"
+    decay_share: float = 0.2
     final_learning_rate_ratio: float = 0.1
     weight_decay: float = 0.01
     dropout: float = 0.0
@@ -312,10 +321,13 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     gradient_clip: float = 1.0
+    skip_above: float = 0.0
     dtype: str = "float32"
     loss_chunk: int = 0
     z_loss: float = 0.0
     remat: str = "none"
+    steps_per_dispatch: int = 1
+    profile_at: int = 0
     log_every: int = 20
 
 
@@ -487,7 +499,8 @@ _CHOICES = {
     "model.positions": ("rotary", "learned"),
     "model.norm": ("rms", "layer"),
     "model.activation": ("swiglu", "gelu", "gelu_new"),
-    "training.schedule": ("linear", "cosine"),
+    "training.optimizer": ("adamw", "adafactor", "lion", "muon"),
+    "training.schedule": ("linear", "cosine", "wsd"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
 }
@@ -546,6 +559,10 @@ _RANGES = {  # inclusive
     "training.beta1": (0.0, 0.9999),
     "training.beta2": (0.0, 0.99999),
     "training.gradient_clip": (0.0, None),
+    "training.decay_share": (0.0, 1.0),
+    "training.skip_above": (0.0, None),
+    "training.steps_per_dispatch": (1, 10_000),
+    "training.profile_at": (0, None),
     "training.log_every": (1, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
@@ -629,6 +646,10 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if training.batch_size % training.accumulation:
         yield (f"training.batch_size {training.batch_size} is not divisible by training.accumulation "
                f"{training.accumulation}: change one of them")  # fmt: skip
+    if 0 < training.skip_above <= 1:
+        yield f"training.skip_above is {training.skip_above}: steps of average loss would be left out, set 0 or more than 1"
+    if privacy.on and training.skip_above:
+        yield "privacy (DP-SGD) and training.skip_above are both set: which steps are left out would tell of the data, set 0"
     if privacy.on and training.accumulation > 1:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +12,57 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config
+from rmft_jax.errors import UserError
+
+# Set by launchers that jax.distributed knows, where more than one process runs.
+_CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+
+# What device kinds contain -> peak in bfloat16 without sparsity, FLOP/s, by the makers' data sheets. The first that fits.
+_PEAK_FLOPS = {
+    "h100 pcie": 756e12,
+    "h100": 989.4e12,
+    "h200": 989.4e12,
+    "gh200": 989.4e12,
+    "b200": 2250e12,
+    "a100": 312e12,
+    "l40s": 362e12,
+    "tpu v4": 275e12,
+    "tpu v5 lite": 197e12,
+    "tpu v5e": 197e12,
+    "tpu v5": 459e12,
+    "tpu v6": 918e12,
+    "tpu7": 2307e12,
+}
+
+
+def join_processes() -> None:
+    """Start the processes of one run up, where this is one of several: on TPU pods, under Slurm or Open MPI, or as told.
+
+    Told by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. It must be called before
+    JAX touches a device. Raises UserError when only a part of these is set, or the others do not answer.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, *numbers = (os.environ.get(name, "") for name in names)
+    if not any((address, *numbers)):
+        if any(name in os.environ for name in _CLUSTERS):
+            jax.distributed.initialize()
+        return
+    if not address or not all(number.isdigit() for number in numbers):
+        raise UserError(f"of {', '.join(names)} not all are set, or not to numbers: set each of them, or none")
+    processes, process = map(int, numbers)
+    if process >= processes:
+        raise UserError(f"JAX_PROCESS_ID {process} is not below JAX_NUM_PROCESSES {processes}: number processes from 0")
+    if processes == 1:
+        return
+    try:
+        jax.distributed.initialize(address, processes, process)
+    except RuntimeError as error:
+        raise UserError(f"process {process} of {processes} cannot join {address} ({str(error).splitlines()[0]})") from None
+
+
+def is_main() -> bool:
+    """Return whether this process is the one that writes what all of them share."""
+    return jax.process_index() == 0
 
 
 def use_cores(config: Config | None = None) -> None:
@@ -23,7 +75,9 @@ def use_cores(config: Config | None = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", devices_for(config, cores) if config else cores)
+    processes = int(os.environ.get("JAX_NUM_PROCESSES") or 1)
+    count = devices_for(config, cores * processes) if config else cores
+    jax.config.update("jax_num_cpu_devices", max(1, count // processes))
 
 
 def devices_for(config: Config, cores: int) -> int:
@@ -35,6 +89,22 @@ def devices_for(config: Config, cores: int) -> int:
     one_row, rows = mesh.tensor * mesh.context, config.training.batch_size // config.training.accumulation
     fitting = (n for n in range(cores, 0, -1) if n % fixed == 0 and rows % (n // one_row) == 0)
     return next(fitting, fixed)
+
+
+def peak_flops() -> float | None:
+    """Return the peak of one device in bfloat16 floating-point operations a second, dense; None where it is not known."""
+    kind = jax.devices()[0].device_kind.lower()
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk for later runs, where compiling takes long: not on CPU.
+
+    In JAX_COMPILATION_CACHE_DIR if set, else in the user's cache directory.
+    """
+    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "rmft_jax" / "programs"))
 
 
 def everywhere() -> NamedSharding:

@@ -16,18 +16,27 @@ def say(message: str) -> None:
 
 
 def track(
-    items: Iterable[Item], what: str, total: int, *, done: int = 0, status: Callable[[], str] = lambda: ""
+    items: Iterable[Item],
+    what: str,
+    total: int,
+    *,
+    done: int = 0,
+    status: Callable[[], str] = lambda: "",
+    size: Callable[[Item], int] = lambda item: 1,
 ) -> Iterator[Item]:
     """Yield the items, showing progress, the caller's status and the time left.
 
+    total, done: in units of which an item has `size`.
     On a terminal this is a bar. Elsewhere (a log, `make` in CI) a line appears every 10 seconds, none for quick work.
     """
     if sys.stderr.isatty():
-        yield from _bar(items, what, total, done, status)
+        yield from _bar(items, what, total, done, status, size)
         return
     begin = last = time.monotonic()
-    for count, item in enumerate(items, done + 1):
+    count = done
+    for item in items:
         yield item
+        count += size(item)
         now = time.monotonic()
         if now - last >= 10:
             last = now
@@ -36,7 +45,7 @@ def track(
             say(", ".join(part for part in parts if part))
 
 
-def _bar(items: Iterable[Item], what: str, total: int, done: int, status: Callable[[], str]) -> Iterator[Item]:
+def _bar(items, what: str, total: int, done: int, status: Callable[[], str], size: Callable) -> Iterator:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -46,4 +55,4 @@ def _bar(items: Iterable[Item], what: str, total: int, done: int, status: Callab
         task = progress.add_task(what, total=total, completed=done, status="")
         for item in items:
             yield item
-            progress.update(task, advance=1, status=status())
+            progress.update(task, advance=size(item), status=status())

@@ -17,7 +17,12 @@ from rmft_jax.errors import UserError
 # orbax reports on itself at length; what matters of it reaches the user as an exception
 logging.getLogger("absl").setLevel(logging.ERROR)
 
-ITEMS = {"params": ("params",), "optimizer": ("optimizer",), "progress": ("seen", "step"), "average": ("average",)}
+ITEMS = {
+    "params": ("params",),
+    "optimizer": ("optimizer",),
+    "progress": ("seen", "step", "guard"),
+    "average": ("average",),
+}
 
 
 class Checkpoints:

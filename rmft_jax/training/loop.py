@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rmft_jax.config import Config, load_config, to_dict, to_yaml
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tagged_corpus import read_corpus
+from rmft_jax.devices import is_main, keep_programs, peak_flops
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json, write_text
+from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.masking import masked_share
-from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, shardings_for
+from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
 
 SCHEMA = 1
+_GIVE_UP = 20  # steps left out in a row
 _FREE = ("out", "data", "audit", "checkpoint", "mesh", "study")  # sections that may change between a run and its resumption
 
 
@@ -55,8 +61,10 @@ def train(config: Config) -> Path:
     initial = _initial_params(config, prepared) if config.training.init_from else None
     resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
     directory = config.run_dir
-    _claim(directory, config)
+    if is_main():
+        _claim(directory, config)
     config = resolved
+    keep_programs()
 
     optimizer = make_optimizer(config.training, plan.steps)
     shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
@@ -81,7 +89,8 @@ def train(config: Config) -> Path:
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["params"])
     _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done)
-    write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
+    if is_main():
+        write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
     try:
         _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory)
     finally:
@@ -112,72 +121,151 @@ def _run(
     config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory
 ) -> None:
     """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
-    step_fn = compile_train_step(config, optimizer, mesh, shapes)
+    most, every = config.training.steps_per_dispatch, config.checkpoint.every_steps
+    step_fns = {count: compile_train_step(config, optimizer, mesh, shapes, steps=count) for count in {1, most}}
     eval_step = compile_eval_step(config, mesh)
-    sharding = batch_sharding(mesh)
-    bank = jax.device_put(prepared.bank, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    bank = jax.device_put(prepared.bank, replicated(mesh))
     begin = int(state["step"])
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
-    log = MetricsLog(directory, plan, config, begin)
-    put = lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)  # noqa: E731
-    steps = range(begin + 1, plan.steps + 1)
-    for step in track(steps, f"train {config.run_name}", plan.steps, done=begin, status=log.status):
-        state, metrics = step_fn(state, put(next(source)), bank)
+    log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
+    stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
+    profile = Profile(directory / "profile", config.training.profile_at)
+    work = dispatches(begin, plan.steps, most, stops)
+    title = f"train {config.run_name}"
+    for step, count in track(work, title, plan.steps, done=begin, status=log.status, size=lambda item: item[1]):
+        with log.waiting():
+            batch = put([next(source) for _ in range(count)], mesh)
+        with profile.of(step):
+            state, metrics = step_fns[count](state, batch, bank)
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
-        log.add(step, metrics)
+        log.add(step, count, metrics)
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(
-                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=sharding
+                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
             )
-            stop = _add_evaluation(directory, plan, step, scores, int(metrics["seen"]), config.training.early_stopping)
+            seen = int(np.ravel(metrics["seen"])[-1])
+            stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
             log.scores(step, scores)
-            if stop:
+            if stop and is_main():
                 write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant, stop))
             checkpoints.save(state)
             if stop and stop["stopped"]:
                 say(f"stopped at step {step} of {plan.steps}; held-out perplexity was best at step {stop['best_step']}")
                 break
-        elif config.checkpoint.every_steps and step % config.checkpoint.every_steps == 0:
+        elif step in stops:
             log.flush()
             checkpoints.save(state)
+    profile.close()
     log.close()
 
 
+def dispatches(begin: int, end: int, most: int, stops: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield (step reached, number of steps) of each hand-over from `begin` to `end`: `most` steps, or 1 where that would
+    pass one of `stops`, after which something is done with the state, so that no third program is ever compiled."""
+    step = begin
+    for stop in sorted(stops | {end}):
+        while step < min(stop, end):
+            count = most if step + most <= stop else 1
+            step += count
+            yield step, count
+
+
+def put(batches: list[TaggedBatch], mesh) -> TaggedBatch:
+    """Put this process' rows of one batch on its devices; of several batches, stacked."""
+    stacked = len(batches) > 1
+    sharding = batch_sharding(mesh, stacked=stacked)
+    batch = jax.tree.map(lambda *x: np.stack(x), *batches) if stacked else batches[0]
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _flops(config: Config, prepared: Prepared, mesh) -> tuple[int, float | None]:
+    """Return the operations of a step, and the peak of all devices in operations a second, None where it is not known."""
+    training, peak = config.training, peak_flops()
+    tokens = training.batch_size * training.sequence_length
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    return tokens * flops, peak and peak * mesh.size
+
+
+class Profile:
+    """A trace of 5 dispatches from a step on, for TensorBoard or Perfetto."""
+
+    def __init__(self, directory: Path, at: int):
+        self._directory, self._at, self._left = directory, at, 5 if at else 0
+        self._on = False
+
+    @contextlib.contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Trace what is done within, if it is due."""
+        if self._left and step >= self._at and not self._on:
+            jax.profiler.start_trace(str(self._directory))
+            self._on = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step) if self._on else contextlib.nullcontext():
+            yield
+        if self._on:
+            self._left -= 1
+            if not self._left:
+                self.close()
+
+    def close(self) -> None:
+        """End the trace, if one is under way."""
+        if self._on:
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+            self._on, self._left = False, 0
+
+
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped."""
+    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped.
 
-    def __init__(self, directory: Path, plan: Plan, config: Config, begin: int):
-        import tensorboardX
+    Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
+    input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
+    more); mfu, operations a second by `flops_per_token` / peak of the devices, None where the peak is not known.
+    """
 
+    def __init__(self, directory: Path, plan: Plan, config: Config, begin: int, *, flops: tuple[int, float | None]):
+        """flops: operations of a step, peak of all devices in operations a second."""
         self._path, self._every, self._plan = directory / "metrics.jsonl", config.training.log_every, plan
-        self._tokens = config.training.batch_size * config.training.sequence_length
-        kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= begin]
-        write_text(self._path, "".join(line + "\n" for line in kept))
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
-        self._pending: tuple[int, dict] | None = None
-        self._since, self._clock, self._loss, self._rate = begin, time.monotonic(), math.nan, math.nan
+        self._tokens, self._flops = config.training.batch_size * config.training.sequence_length, flops
+        self._board = None
+        if is_main():
+            import tensorboardX
 
-    def add(self, step: int, metrics: dict) -> None:
-        """Note the metrics of a step just dispatched; read those of the one before, which is due."""
-        due, self._pending = self._pending, (step, metrics)
-        if due and due[0] % self._every == 0:
-            self._write(*due)
+            kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= begin]
+            write_text(self._path, "".join(line + "\n" for line in kept))
+            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
+        self._pending: tuple[int, int, dict] | None = None
+        self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
+        self._loss, self._rate = math.nan, math.nan
+
+    def add(self, step: int, count: int, metrics: dict) -> None:
+        """Note the metrics of the `count` steps up to `step`, just dispatched; read those of the dispatch before, if due."""
+        due, self._pending = self._pending, (step, count, metrics)
+        if due:
+            self._read(*due)
 
     def flush(self) -> None:
         """Write the metrics of the newest step."""
         if self._pending:
-            self._write(*self._pending)
+            step, _, metrics = self._pending
+            self._write(step, {name: np.ravel(value)[-1] for name, value in metrics.items()})
             self._pending = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent within as waiting for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
         """Send held-out scores to TensorBoard."""
         for name in ("perplexity", "perplexity_pii", "perplexity_other"):
-            if scores[name] is not None:
+            if self._board and scores[name] is not None:
                 self._board.add_scalar(f"heldout/{name}", scores[name], step)
-        self._clock, self._since = time.monotonic(), step
+        self._clock, self._since, self._waited = time.monotonic(), step, 0.0
 
     def status(self) -> str:
         """Return the newest loss and speed, for the progress display."""
@@ -186,22 +274,39 @@ class MetricsLog:
     def close(self) -> None:
         """Write what is left."""
         self.flush()
-        self._board.close()
+        if self._board:
+            self._board.close()
+
+    def _read(self, last: int, count: int, metrics: dict) -> None:
+        for place, step in enumerate(range(last - count + 1, last + 1)):
+            if step % self._every == 0:
+                self._write(step, {name: np.ravel(value)[place if count > 1 else -1] for name, value in metrics.items()})
 
     def _write(self, step: int, metrics: dict) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"the loss is {values['loss']} at step {step}: lower training.learning_rate or clip harder")
+        in_a_row = int(values.pop("skipped_in_a_row", 0))
+        if in_a_row >= _GIVE_UP:
+            raise UserError(
+                f"the last {in_a_row} steps up to {step} were left out, with the loss {values['loss']}: lower "
+                f"training.learning_rate, clip harder or raise training.skip_above"
+            )
         now = time.monotonic()
         if step > self._since:
-            self._rate = (step - self._since) * self._tokens / max(now - self._clock, 1e-9)
-        self._since, self._clock, self._loss = step, now, values["loss"]
+            seconds, steps = max(now - self._clock, 1e-9), step - self._since
+            operations, peak = self._flops
+            self._rate = steps * self._tokens / seconds
+            values["input_wait_pct"] = 100 * min(1.0, self._waited / seconds)
+            values["mfu"] = steps * operations / seconds / peak if peak else math.nan
+        self._since, self._clock, self._waited, self._loss = step, now, 0.0, values["loss"]
+        if not self._board:
+            return
         record = {"step": step, "epoch": step / self._plan.steps_per_epoch, **values, "tokens_per_second": self._rate}
-        record = {name: None if math.isnan(value) else value for name, value in record.items()}
+        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(f"train/{name}", value, step)
 
 
 def _lines(path: Path) -> list[str]:
@@ -219,7 +324,8 @@ def _add_evaluation(directory: Path, plan: Plan, step: int, scores: dict, seen: 
     entries = [*kept, {"step": step, "epoch": step / plan.steps_per_epoch, "seen_identities": seen, **scores}]
     stop = early_stopping(entries, patience)
     more = {"early_stopping": stop} if stop else {}
-    write_json(directory / "evaluation.json", {"schema": SCHEMA, **more, "checkpoints": entries})
+    if is_main():
+        write_json(directory / "evaluation.json", {"schema": SCHEMA, **more, "checkpoints": entries})
     return stop
 
 
@@ -285,7 +391,7 @@ def _say_plan(
     replaced, occurrences = masked_share(config, blocks)
     say(
         f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
-        f"{training.dtype}, attention xla\n"
+        f"{training.dtype}, attention xla, {training.optimizer}\n"
         f"  mesh {sizes} on {jax.device_count()} {jax.devices()[0].platform} device(s); "
         f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
         f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "
@@ -293,7 +399,17 @@ def _say_plan(
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
         + _privacy_line(accountant, plan)
+        + _mfu_line(mesh)
         + (f"\n  going on from step {done[-1]}" if done else "")
+    )
+
+
+def _mfu_line(mesh) -> str:
+    if not (peak := peak_flops()):
+        return ""
+    return (
+        f"\n  MFU = tokens/s x FLOP/token / ({mesh.size} x {peak / 1e12:,.0f} TFLOP/s), where a token counts 6 FLOP for a "
+        f"weight in a matrix product and 12 H D for each of the T / 2 positions that it sees on average"
     )
 
 

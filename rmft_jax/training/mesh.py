@@ -76,9 +76,9 @@ def placement(mesh: Mesh, *, batch: bool = True) -> Iterator[None]:
         yield
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of arrays whose first axis is the batch."""
-    return NamedSharding(mesh, P(RULES["batch"]))
+def batch_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+    """Return the sharding of arrays whose first axis is the batch, or whose second one is, below an axis of steps."""
+    return NamedSharding(mesh, P(None, RULES["batch"]) if stacked else P(RULES["batch"]))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -19,9 +19,10 @@ from rmft_jax.training.privacy import private_gradient
 
 
 def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
-    """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step.
+    """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
-    With early-learning regularization also average, the average of the weights so far.
+    guard: what `accept` needs to know of earlier steps. With early-learning regularization also average, the average of the
+    weights so far.
     """
     params = init_params(config.model, vocab_size, jax.random.key(config.seed, impl="threefry2x32"))
     state = {
@@ -29,6 +30,7 @@ def init_state(config: Config, vocab_size: int, identities: int, optimizer: opta
         "optimizer": optimizer.init(params),
         "seen": jnp.zeros(max(1, identities), bool),  # orbax saves no empty array
         "step": jnp.zeros((), jnp.int32),
+        "guard": {"loss": jnp.zeros(()), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }
     return state | ({"average": jax.tree.map(jnp.copy, params)} if config.loss.elr_weight else {})
 
@@ -54,27 +56,57 @@ def train_step(
     else:
         gradients, scores = loss_and_gradient(state["params"], config, masked, average=state.get("average"), key=key)
         del scores["hit"]  # metrics are scalars
+    norm = optax.global_norm(gradients)
+    ok, guard = accept(state["guard"], config, scores["loss"], norm)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
     identity = jnp.where(masked.shown, batch.span_identity, state["seen"].size)  # beyond the end: dropped
     new = {
         "params": optax.apply_updates(state["params"], updates),
         "optimizer": optimizer_state,
         "seen": state["seen"].at[identity].set(True, mode="drop"),
-        "step": state["step"] + 1,
     }
     if "average" in state:
         new["average"] = average_weights(state["average"], new["params"], state["step"], config.loss.elr_decay)
+    new = {name: jax.tree.map(lambda n, o: jnp.where(ok, n, o), value, state[name]) for name, value in new.items()}
+    new |= {"step": state["step"] + 1, "guard": guard}
     metrics = {
         **scores,
-        "gradient_norm": optax.global_norm(gradients),
+        "gradient_norm": norm,
         "seen": jnp.sum(new["seen"]),
         "cut_tokens": jnp.sum(masked.cut),
+        "skipped": guard["skipped"],
+        "skipped_in_a_row": guard["in_a_row"],
     }
     return new, metrics
 
 
-def compile_train_step(config: Config, optimizer, mesh: Mesh, state: dict) -> Callable:
-    """Return the jitted train step `(state, batch, bank) -> (state, metrics)`; the state's buffers are reused."""
+def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, dict]:
+    """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number.
+
+    A step counts where loss and gradient are finite and, with training.skip_above, the loss is at most so many times the
+    running average of the losses. A loss above that moves the average as one at the limit, so that a lasting change is
+    accepted in the end. Under DP-SGD only the noised gradient decides, which tells nothing more of the data.
+    """
+    training, average = config.training, guard["loss"]
+    ok = jnp.isfinite(gradient_norm) & (config.privacy.on | jnp.isfinite(loss))
+    limit = jnp.inf
+    if training.skip_above:
+        limit = jnp.where(average > 0, training.skip_above * average, jnp.inf)
+    spike = loss > limit
+    loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss, limit), average)
+    ok &= ~spike
+    return ok, {
+        "loss": jnp.where(average > 0, 0.98 * average + 0.02 * loss, loss),
+        "skipped": guard["skipped"] + ~ok,
+        "in_a_row": jnp.where(ok, 0, guard["in_a_row"] + 1),
+    }
+
+
+def compile_train_step(config: Config, optimizer, mesh: Mesh, state: dict, *, steps: int = 1) -> Callable:
+    """Return the jitted train step `(state, batch, bank) -> (state, metrics)`; the state's buffers are reused.
+
+    steps: how many it takes; if more than 1, each array of batch and metrics has a leading axis of that length.
+    """
     everywhere = replicated(mesh)
     state_shardings = shardings_for(state, mesh)
 
@@ -82,10 +114,13 @@ def compile_train_step(config: Config, optimizer, mesh: Mesh, state: dict) -> Ca
         with placement(mesh, batch=not config.privacy.on):
             return train_step(state, batch, bank, config=config, optimizer=optimizer)
 
+    def dispatch(state, batches, bank):
+        return jax.lax.scan(lambda state, batch: step(state, batch, bank), state, batches)
+
     return jax.jit(
-        step,
+        step if steps == 1 else dispatch,
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_sharding(mesh), everywhere),
+        in_shardings=(state_shardings, batch_sharding(mesh, stacked=steps > 1), everywhere),
         out_shardings=(state_shardings, everywhere),
     )
 
