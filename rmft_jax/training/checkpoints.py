@@ -1,7 +1,7 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
-One directory a step, in items: `params` (all that audits and new runs need), `optimizer`, `progress`, and `average` in runs
-that keep an average of the weights.
+One directory a step, in items: `params` (all that audits and new runs need), `optimizer`, `progress`, `guard` (of left-out
+steps), and `average` in runs that keep an average of the weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 ITEMS = {
     "params": ("params",),
     "optimizer": ("optimizer",),
-    "progress": ("seen", "step", "guard"),
+    "progress": ("seen", "step"),
+    "guard": ("guard",),
     "average": ("average",),
 }
 
