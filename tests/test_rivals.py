@@ -215,7 +215,7 @@ def same_tree(a, b):
 def test_without_a_rival_the_parameters_are_those_of_plain_training(tiny, prepared):
     config = tiny("model.layers=1", "model.width=16", "model.heads=1")  # the default defence
     step, state, source, optimizer = start(config, prepared)
-    assert set(state) == {"params", "optimizer", "seen", "step"}
+    assert set(state) == {"params", "optimizer", "seen", "step", "guard"}
     plain = jax.tree.map(jnp.copy, (state["params"], state["optimizer"]))
 
     @jax.jit
