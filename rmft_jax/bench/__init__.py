@@ -17,6 +17,7 @@ BENCHES = {
     "masking": "the train step with on-device masking against the step without",
     "detect": "finding and tagging personal data, against presidio-analyzer",
     "audit": "greedy decoding of the audit's prompts, against transformers",
+    "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",
 }
 

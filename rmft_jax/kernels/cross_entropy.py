@@ -47,6 +47,8 @@ def cross_entropy(
 def _forward(hidden, output, targets, weights, chunk, z_loss):
     start = jnp.zeros(output.shape, jnp.float32)
     result, of_output, of_hidden = _in_chunks(_loss_and_gradient, start, hidden, output, targets, weights, chunk, z_loss)
+    at_targets = weights[:, None] * hidden.astype(jnp.float32)
+    of_output = of_output.at[:, targets].add(-at_targets.T)
     return result, (of_hidden, of_output.astype(output.dtype))
 
 
@@ -78,29 +80,40 @@ def _in_chunks(function, carried, hidden, output, targets, weights, chunk, z_los
 
 def _loss(sums, inputs, *, output, z_loss):
     hidden, targets, weights = inputs
-    _, log_z, scores = _score(hidden, output, targets)
+    highest, _, sums_of_rows, scores = _score(hidden, output, targets)
+    log_z = highest + jnp.log(sums_of_rows)
     total = sums[0] + jnp.sum(weights * (scores.nll + z_loss * log_z**2))
     return (total, sums[1]), (scores, None)
 
 
 def _loss_and_gradient(sums, inputs, *, output, z_loss):
-    """With p = softmax(logits): d nll / d logits = p - onehot(target), d log_z / d logits = p."""
+    """With p = softmax(logits): d nll / d logits = p - onehot(target), d log_z / d logits = p.
+
+    p is never divided out: its row sums go into the thin matrices that it is multiplied with, and the one-hot part, a row of
+    `output` for each token, is added by itself. One pass over the logits less for each of the two.
+    """
     hidden, targets, weights = inputs
-    logits, log_z, scores = _score(hidden, output, targets)
+    highest, exponentials, sums_of_rows, scores = _score(hidden, output, targets)
+    log_z = highest + jnp.log(sums_of_rows)
     total = sums[0] + jnp.sum(weights * (scores.nll + z_loss * log_z**2))
-    of_p = weights * (1 + 2 * z_loss * log_z)
-    is_target = jnp.arange(output.shape[1]) == targets[:, None]
-    of_logits = of_p[:, None] * jnp.exp(logits - log_z[:, None]) - jnp.where(is_target, weights[:, None], 0)
-    of_logits = of_logits.astype(hidden.dtype)
-    of_output = sums[1] + jnp.dot(hidden.T, of_logits, preferred_element_type=jnp.float32)
-    return (total, of_output), (scores, jnp.dot(of_logits, output.T))
+    of_row = (weights * (1 + 2 * z_loss * log_z) / sums_of_rows)[:, None]
+    exponentials = exponentials.astype(hidden.dtype)
+    of_p = of_row * jnp.dot(exponentials, output.T, preferred_element_type=jnp.float32)
+    of_hidden = of_p - weights[:, None] * output.T[targets].astype(jnp.float32)
+    scaled = (of_row * hidden).astype(hidden.dtype)
+    of_output = sums[1] + jnp.dot(scaled.T, exponentials, preferred_element_type=jnp.float32)
+    return (total, of_output), (scores, of_hidden.astype(hidden.dtype))
 
 
 def _score(hidden, output, targets):
+    """Return the highest logit [N], exp(logits - highest) [N, V], their sums [N], and CrossEntropy."""
     logits = jnp.dot(hidden, output, preferred_element_type=jnp.float32)
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    nll = log_z - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return logits, log_z, CrossEntropy(nll, jnp.argmax(logits, axis=-1) == targets)
+    highest = jnp.max(logits, axis=-1)
+    exponentials = jnp.exp(logits - highest[:, None])
+    sums = jnp.sum(exponentials, axis=-1)
+    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    nll = jnp.log(sums) - (target - highest)
+    return highest, exponentials, sums, CrossEntropy(nll, jnp.argmax(logits, axis=-1) == targets)
 
 
 def target_mask(segment_ids: jax.Array) -> jax.Array:
