@@ -10,9 +10,9 @@ from documents import blocks_of, random_texts, tagged
 from rmft_jax.config import load_config
 from rmft_jax.data.loader import batches, sequential_batches
 from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tagged_corpus import read_corpus
-from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import target_mask
 from rmft_jax.pii.detector import detect
@@ -51,7 +51,7 @@ def test_round_trip_on_bundled_mail(prepared, tiny):
 def test_round_trip_on_enron():
     config = load_config(None, ["source.format=jsonl", f"source.path={ENRON}", "source.text_field=raw", "source.limit=400"])
     texts = read_documents(config.source).train
-    tokenizer = Tokenizer.train([text for text in texts if "@" not in text] + texts, config.tokenizer)
+    tokenizer = SentencePieceTokenizer.train([text for text in texts if "@" not in text] + texts, config.tokenizer)
     check_round_trip(texts, tokenizer)
 
 
