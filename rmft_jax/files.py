@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ from rmft_jax.errors import UserError
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write a file atomically. private: readable by its owner only."""
+    write_chunks(path, [data], private=private)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: bool = False) -> None:
+    """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -26,7 +31,8 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another out=") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
         if not private:
             umask = os.umask(0)
             os.umask(umask)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import blocks_of, random_texts, tagged
+from documents import blocks_of, check_round_trip, random_texts, tagged
 
 from rmft_jax.config import load_config
 from rmft_jax.data.loader import batches, sequential_batches
@@ -18,25 +18,6 @@ from rmft_jax.kernels import target_mask
 from rmft_jax.pii.detector import detect
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
-
-
-def check_round_trip(texts, tokenizer):
-    """Tokens decode to the text, spans to the detected values, ranks to a naive count."""
-    spans, numbering, records = tagged(texts, tokenizer)
-    counts: dict[str, int] = {}
-    ids = []
-    for text, found, numbers, record in zip(texts, spans, numbering, records, strict=True):
-        assert tokenizer.decode(record["tokens"]) == text
-        component = record["component"].astype(int)
-        for number, span in enumerate(found):
-            mine = (component > 0) & (np.append(record["component_span"], -1)[component - 1] == number)
-            assert tokenizer.decode(record["tokens"][mine]).lower() == span.value
-            assert numbers["span_rank"][number] == counts.get(span.value, 0)
-            counts[span.value] = counts.get(span.value, 0) + 1
-        outside = [tokenizer.decode(run) for run in np.split(record["tokens"], np.flatnonzero(component > 0)) if len(run)]
-        assert not any(detect(part) for part in outside if "@" not in part)
-        ids += numbers["span_id"]
-    assert ids == list(range(len(ids)))
 
 
 def test_round_trip_on_random_documents(prepared):

@@ -106,9 +106,11 @@ class SentencePieceTokenizer:
         return "the normalisation it was trained with, such as a space put before the text"
 
     def transformers_files(self) -> dict[str, bytes]:
-        """Return tokenizer.json and tokenizer_config.json: for AutoTokenizer, with the same ids for every text.
+        """Return tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same ids.
 
-        Raises UserError for a model that is neither BPE nor unigram.
+        Those of a unigram model may differ between ways of equal probability, which rounding decides, and where a text holds
+        a special piece such as "<s>" in letters that the model does not know. Raises UserError for a model that is neither
+        BPE nor unigram.
         """
         specials = [id for id in range(self.vocab_size) if self._is_special(id)]
         names = {id: self._processor.IdToPiece(id) for id in specials}

@@ -83,6 +83,7 @@ class Gguf:
             if isinstance(out.get(key), float):
                 out[key] = float(str(np.float32(out[key])))
         heads, width = out.get("num_attention_heads"), out.get("hidden_size")
+        out.setdefault("num_key_value_heads", heads)
         rotated = get("rope.dimension_count")
         if isinstance(heads, int) and isinstance(width, int) and heads:
             head = out.get("head_dim") or width // heads

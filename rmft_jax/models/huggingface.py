@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from rmft_jax.config import ModelConfig, model_rules
 from rmft_jax.errors import UserError
-from rmft_jax.files import read_json, write_bytes, write_json
+from rmft_jax.files import read_json, write_chunks, write_json
 from rmft_jax.models.gpt import init_params
 
 _WEIGHTS = "model.safetensors"
@@ -279,7 +280,7 @@ def export_model(
     shards = list(_shards(family, config, params, shard_bytes))
     for number, names in enumerate(shards, 1):
         file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, {name: tensor() for name, tensor in names.items()})
+        write_chunks(folder / file, _safetensors(names))
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -289,22 +290,23 @@ def export_model(
     write_json(folder / "config.json", settings | ids | {"vocab_size": len(params["embed"]), "torch_dtype": "float32"})
 
 
-def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> Iterator[dict[str, Callable]]:
-    """Yield for each file its names and functions that make the tensors, so that only one file's are in memory."""
-    shard: dict[str, Callable] = {}
+def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> Iterator[dict[str, tuple]]:
+    """Yield for each file its names with the shapes of the tensors and functions that make them."""
+    shard: dict[str, tuple[tuple[int, ...], Callable]] = {}
     size = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         stacked = path[0].key == "blocks"
         for number in range(config.layers if stacked else 1):
             index = number if stacked else slice(None)
             shape = np.broadcast_to(np.float32(0), leaf.shape)[index]
-            for place, (name, part, _) in enumerate(_pieces(family, config, path, shape)):
+            for place, (name, part, form) in enumerate(_pieces(family, config, path, shape)):
                 if shard and size + 4 * part.size > limit:
                     yield shard
                     shard, size = {}, 0
                 size += 4 * part.size
                 name = name if path[0].key == "output" else family.prefix + name.format(number)
-                shard[name] = functools.partial(_piece, family, config, path, leaf, index, place)
+                make = functools.partial(_piece, family, config, path, leaf, index, place)
+                shard[name] = form.theirs(part).shape, make
     yield shard
 
 
@@ -313,11 +315,21 @@ def _piece(family: Family, config: ModelConfig, path, leaf, index: int | slice, 
     return form.theirs(part)
 
 
-def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    from safetensors.numpy import save
+def _safetensors(tensors: dict[str, tuple[tuple[int, ...], Callable]]) -> Iterator[bytes | np.ndarray]:
+    """Yield the bytes of a safetensors file, a tensor at a time, where the library would hold all of them twice.
 
-    arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
-    write_bytes(path, save(arrays, metadata={"format": "pt"}))
+    Source: https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, make in tensors.values():
+        yield np.ascontiguousarray(make(), "<f4")
 
 
 class _Form(NamedTuple):
