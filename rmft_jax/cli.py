@@ -23,6 +23,8 @@ app = typer.Typer(
 _PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config, such as configs/enron_cpu.yaml.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: key.path=value ...")]
+convert = typer.Typer(help="Bring models of Hugging Face in as a start of training, and take runs out for `transformers`.")
+app.add_typer(convert, name="convert")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
@@ -183,6 +185,44 @@ def bench(
         print(f"  against {result['peer']}: {result['peer_value']:.2f} {result['unit']}, ratio {result['ratio']:.3f}")
     if "overhead_pct" in result:
         print(f"  overhead {result['overhead_pct']:.2f}% (median of {len(result['runs'])} pairs)")
+
+
+@convert.command("import")
+def convert_import(
+    source: Annotated[Path, typer.Argument(help="A Hugging Face folder (config.json, safetensors) or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, for training.init_from.")],
+    as_json: Json = False,
+) -> None:
+    """Make a folder that training starts from: weights, tokenizer, and the config that goes with them."""
+    from rmft_jax.convert import convert_import
+
+    found = convert_import(source, out)
+    if as_json:
+        print(json.dumps(found))
+        return
+    ends = f", texts between the ids {found['bos_id']} and {found['eos_id']}" if found["tokenizer"] else ""
+    print(
+        f"{out}: {found['family']}, {found['parameters']:,} parameters, vocabulary of {found['vocab_size']:,}, "
+        f"tokenizer {found['tokenizer'] or 'none: set tokenizer.path yourself'}{ends}\n"
+        f"start from it: copy the sections of {out / 'config.yaml'} into your config, or use it as one: "
+        f"rmft prepare {out / 'config.yaml'} source.format=jsonl source.path=mail.jsonl out=runs/mine"
+    )
+
+
+@convert.command("export")
+def convert_export(
+    run: Annotated[Path, typer.Argument(help="A run's directory, or RUN/checkpoints/STEP.")],
+    out: Annotated[Path, typer.Argument(help="A new folder, for AutoModelForCausalLM and AutoTokenizer.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run as a folder of Hugging Face `transformers`."""
+    from rmft_jax.convert import convert_export
+
+    done = convert_export(run, out)
+    if as_json:
+        print(json.dumps(done))
+        return
+    print(f"{out}: step {done['step']}, {done['parameters']:,} parameters, vocabulary of {done['vocab_size']:,}")
 
 
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:

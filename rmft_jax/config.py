@@ -45,7 +45,9 @@ class SourceConfig:
 class TokenizerConfig:
     """A SentencePiece model trained on the corpus, its PII left out. vocab_size counts the 256 byte pieces.
 
-    path: a model to take instead, such as that of other prepared data (their tokenizer.model).
+    path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
+    data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
+    config.json of a model stands beside tokenizer.json, its vocab_size counts.
     """
 
     vocab_size: int = 2048

@@ -103,7 +103,7 @@ class Checkpoints:
                 found = f"shape {list(saved[name])}" if name in saved else "no such array"
                 raise UserError(
                     f"checkpoint {self.directory / str(step)}: {name} has {found}, the config needs {list(wanted)}: "
-                    f"use the model.* and tokenizer.vocab_size it was trained with"
+                    f"use the model.* and tokenizer.* it was trained with"
                 )
 
 
