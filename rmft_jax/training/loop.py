@@ -32,6 +32,8 @@ from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replic
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
+from rmft_jax.training.tracker import read_tags, tag_canaries, tracker_shape
+from rmft_jax.training.tracker_log import TrackerLog
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
@@ -50,8 +52,8 @@ class Plan:
 def train(config: Config) -> Path:
     """Train one model as `config` says; return the run's directory.
 
-    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/. A run that
-    was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
+    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
+    tracker.on memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
     """
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
@@ -67,7 +69,8 @@ def train(config: Config) -> Path:
     keep_programs()
 
     optimizer = make_optimizer(config.training, plan.steps)
-    shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
+    sizes = config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, tracker_shape(config, len(blocks))
+    shapes = jax.eval_shape(lambda: init_state(*sizes))
     shardings = shardings_for(shapes, mesh)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
@@ -82,8 +85,7 @@ def train(config: Config) -> Path:
     if done:
         state = checkpoints.restore(done[-1], abstract(shapes, shardings))
     else:
-        make = lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)  # noqa: E731
-        state = jax.jit(make, out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
@@ -102,7 +104,9 @@ def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
     """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
     drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
     stride = config.training.sequence_length - config.masking.margin
-    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope)
+    tags = read_tags(config, prepared)
+    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope, tags=tags)
+    tag_canaries(train, prepared, config)
     blocks = Blocks(train, stride=stride)
     return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
 
@@ -129,6 +133,7 @@ def _run(
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
     log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
+    memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"]) if config.tracker.on else None
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
@@ -140,7 +145,11 @@ def _run(
             state, metrics = step_fns[count](state, batch, bank)
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
+        if memory:
+            memory.add(step, count, metrics.pop("tracker"))
         log.add(step, count, metrics)
+        if memory and step in stops:
+            memory.flush()
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(

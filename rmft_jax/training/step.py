@@ -16,13 +16,20 @@ from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spr
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
 from rmft_jax.training.privacy import private_gradient
+from rmft_jax.training.tracker import TrackerShape, init_tracker, update_tracker
 
 
-def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
+def init_state(
+    config: Config,
+    vocab_size: int,
+    identities: int,
+    optimizer: optax.GradientTransformation,
+    tracker: TrackerShape | None = None,
+) -> dict:
     """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
     guard: what `accept` needs to know of earlier steps. With early-learning regularization also average, the average of the
-    weights so far.
+    weights so far; with the sizes of a tracker also tracker (`training.tracker`).
     """
     params = init_params(config.model, vocab_size, jax.random.key(config.seed, impl="threefry2x32"))
     state = {
@@ -32,6 +39,8 @@ def init_state(config: Config, vocab_size: int, identities: int, optimizer: opta
         "step": jnp.zeros((), jnp.int32),
         "guard": {"loss": jnp.zeros(()), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }
+    if tracker:
+        state["tracker"] = init_tracker(tracker)
     return state | ({"average": jax.tree.map(jnp.copy, params)} if config.loss.elr_weight else {})
 
 
@@ -40,7 +49,8 @@ def train_step(
 ) -> tuple[dict, dict]:
     """Mask the batch, take one optimizer step, and note which true PII values the model was shown.
 
-    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics.
+    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics,
+    scalars but for the counts of a tracker.
     """
     masked = mask_batch(
         batch,
@@ -55,7 +65,7 @@ def train_step(
         gradients, scores = private_gradient(state["params"], config, masked, step=state["step"], key=key)
     else:
         gradients, scores = loss_and_gradient(state["params"], config, masked, average=state.get("average"), key=key)
-        del scores["hit"]  # metrics are scalars
+        hit = scores.pop("hit")
     norm = optax.global_norm(gradients)
     ok, guard = accept(state["guard"], config, scores["loss"], norm)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
@@ -77,6 +87,9 @@ def train_step(
         "skipped": guard["skipped"],
         "skipped_in_a_row": guard["in_a_row"],
     }
+    if "tracker" in state:
+        new["tracker"] = update_tracker(state["tracker"], batch, masked, hit, new["step"])
+        metrics["tracker"] = new["tracker"]["counts"]
     return new, metrics
 
 
