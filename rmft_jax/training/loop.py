@@ -31,7 +31,7 @@ from rmft_jax.training.masking import masked_share
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
-from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
+from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state, model_of
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
@@ -87,7 +87,7 @@ def train(config: Config) -> Path:
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
-                state["average"] = jax.tree.map(jnp.copy, state["params"])
+                state["average"] = jax.tree.map(jnp.copy, state["adapters" if config.lora.rank else "params"])
     _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done)
     if is_main():
         write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
@@ -144,7 +144,7 @@ def _run(
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(
-                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
+                eval_step, model_of(state), heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
             )
             seen = int(np.ravel(metrics["seen"])[-1])
             stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
@@ -345,6 +345,7 @@ def _describe(
         "name": config.run_name,
         "method": config.method,
         "parameters": count_params(state["params"]),
+        **({"trained_parameters": count_params(state["adapters"])} if config.lora.rank else {}),
         "steps": plan.steps,
         "epochs": plan.steps / plan.steps_per_epoch,
         "training_tokens": len(blocks.corpus.tokens),
@@ -377,7 +378,7 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
     target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract(target, jax.tree.map(lambda _: host, target))
-    return checkpoints.restore(step, {"params": target}, items=("params",))["params"]
+    return checkpoints.restore_params(step, target)
 
 
 def _say_plan(
@@ -398,10 +399,17 @@ def _say_plan(
         f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
+        + (f"\n  {_lora_line(config, state)}" if config.lora.rank else "")
         + _privacy_line(accountant, plan)
         + _mfu_line(mesh)
         + (f"\n  going on from step {done[-1]}" if done else "")
     )
+
+
+def _lora_line(config: Config, state: dict) -> str:
+    lora, count = config.lora, count_params(state["adapters"])
+    base = config.training.init_from or "random weights (training.init_from is empty)"
+    return f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {count:,} parameters are trained, on top of {base}"
 
 
 def _mfu_line(mesh) -> str:
