@@ -285,6 +285,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): only adapters of matrices are trained, the model itself (training.init_from) stays.
+
+    rank: 0 = off, all parameters are trained. alpha: what an adapter adds is multiplied by alpha / rank.
+    targets: matrices that get one. qkv | out (of the attention) | up (with the gate, if there is one) | down (of the MLP).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("qkv", "out", "up", "down")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data.
 
@@ -455,6 +468,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -563,6 +577,8 @@ _RANGES = {  # inclusive
     "model.attention_scale": (0.0, None),
     "model.local_window": (0, None),
     "model.local_every": (1, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (1e-6, 1e6),
     "training.batch_size": (1, None),
     "training.accumulation": (1, None),
     "training.loss_chunk": (0, None),
@@ -610,6 +626,7 @@ _RULE_CHOICES = {
 _RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
 _MEMBERS = {
     "pii.types": PII_TYPES,
+    "lora.targets": ("qkv", "out", "up", "down"),
     "audit.sets": ("heldout", "web", "general", "discoverable"),
     "audit.metrics": AuditConfig.metrics,
     "study.budgets": ("epochs", "updates"),
@@ -649,6 +666,11 @@ def _rules(config: Config) -> typing.Iterator[str]:
             if length > model.max_positions:
                 yield (f"{key} is {length}, more than the model.max_positions {model.max_positions} that learned positions "
                        f"have: change one of them")  # fmt: skip
+    least = min(model.width, model.mlp, model.heads * model.head_dim)
+    if config.lora.rank >= least:
+        yield f"lora.rank is {config.lora.rank}, not below the {least} rows of the smallest matrix: lower it, or set 0"
+    if len(set(config.lora.targets)) < len(config.lora.targets):
+        yield f"lora.targets is {list(config.lora.targets)}: name each matrix once"
     if training.sequence_length - config.masking.margin < 2:
         yield (f"masking.margin {config.masking.margin} leaves no room in training.sequence_length "
                f"{training.sequence_length}: lower the margin")  # fmt: skip

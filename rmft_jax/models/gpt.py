@@ -44,6 +44,10 @@ LOGICAL_AXES = {
     ("blocks", "mlp", "down", "bias"): ("layers", None),
 }
 
+for _path, _axes in [item for item in LOGICAL_AXES.items() if item[0][0] == "blocks" and item[0][-1] == "kernel"]:
+    LOGICAL_AXES[*_path[:-1], "lora_a"] = (*_axes[:2], None)
+    LOGICAL_AXES[*_path[:-1], "lora_b"] = (_axes[0], None, _axes[2])
+
 _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu}
 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
@@ -65,8 +69,20 @@ class Cache(NamedTuple):
     v: tuple[jax.Array, ...]
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
+class Linear(nnx.Linear):
+    """A matrix product, with what an adapter adds to it (`models.lora`)."""
+
+    adapter = None  # A [I, R], B [R, O], scale []
+
+    def __call__(self, x):
+        if self.adapter is None:
+            return super().__call__(x)
+        a, b, scale = self.adapter
+        return super().__call__(x) + scale * ((x @ a) @ b)
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -201,11 +217,15 @@ def _block_graph(config: ModelConfig):
     return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))), nnx.Param, ...)
 
 
-def _run_block(config: ModelConfig, params: dict, *args):
+def _run_block(config: ModelConfig, params: dict, *args, adapters: dict | None = None, scale=None):
     graph, shapes, rest = _block_graph(config)
     state = jax.tree.map(lambda x: x, shapes)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state, rest)(*args)
+    block = nnx.merge(graph, state, rest)
+    for part, modules in (adapters or {}).items():
+        for name, pair in modules.items():  # past nnx, which would take them for parameters
+            object.__setattr__(getattr(getattr(block, part), name), "adapter", (pair["lora_a"], pair["lora_b"], scale))
+    return block(*args)
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -250,7 +270,8 @@ def hidden(
 ) -> jax.Array:
     """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
-    params: in the dtype to compute in. tokens, segment_ids: int32 [B, T], segment 0 = padding.
+    params: in the dtype to compute in, with or without adapters (`models.lora`). tokens, segment_ids: int32 [B, T],
+      segment 0 = padding.
     dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
       al. 2014); at 0 the program holds no draws and needs no key.
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
@@ -260,22 +281,26 @@ def hidden(
     local_mask = causal_mask(segment_ids, config.local_window) if config.local_window else None
     blocks = 1 if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else 4  # cut positions stay where they are
 
+    adapters = params.get("adapters", {"blocks": None, "scale": None})
+
     def body(x, layer):
-        block, is_local, key = layer
+        block, is_local, key, pairs = layer
 
         def attend(q, k, v):
             seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
             return causal_attention(q, k, v, seen, config.attention_scale, blocks), None
 
         drop = lambda branch, number: _drop(branch, dropout, key, number)  # noqa: E731
-        return _run_block(config, block, _settle(place(x, "batch", "sequence")), positions, attend, drop)
+        x = _settle(place(x, "batch", "sequence"))
+        return _run_block(config, block, x, positions, attend, drop, adapters=pairs, scale=adapters["scale"])
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
-    x, _ = jax.lax.scan(body, x, (params["blocks"], is_local, keys), unroll=config.layers <= _UNROLL)
+    layers = params["blocks"], is_local, keys, adapters["blocks"]
+    x, _ = jax.lax.scan(body, x, layers, unroll=config.layers <= _UNROLL)
     return _normalise(x, config, params["final_norm"])
 
 

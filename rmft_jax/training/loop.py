@@ -31,7 +31,7 @@ from rmft_jax.training.masking import masked_share
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
-from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
+from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state, model_of
 from rmft_jax.training.tracker import read_tags, tag_canaries, tracker_shape
 from rmft_jax.training.tracker_log import TrackerLog
 
@@ -53,7 +53,8 @@ def train(config: Config) -> Path:
     """Train one model as `config` says; return the run's directory.
 
     The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
-    tracker.on memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
+    tracker.on memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers as an
+    undisturbed one; a finished one stays.
     """
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
@@ -89,7 +90,7 @@ def train(config: Config) -> Path:
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
-                state["average"] = jax.tree.map(jnp.copy, state["params"])
+                state["average"] = jax.tree.map(jnp.copy, state["adapters" if config.lora.rank else "params"])
     _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done)
     if is_main():
         write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
@@ -153,7 +154,7 @@ def _run(
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(
-                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
+                eval_step, model_of(state), heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
             )
             seen = int(np.ravel(metrics["seen"])[-1])
             stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
@@ -354,6 +355,7 @@ def _describe(
         "name": config.run_name,
         "method": config.method,
         "parameters": count_params(state["params"]),
+        **({"trained_parameters": count_params(state["adapters"])} if config.lora.rank else {}),
         "steps": plan.steps,
         "epochs": plan.steps / plan.steps_per_epoch,
         "training_tokens": len(blocks.corpus.tokens),
@@ -386,7 +388,7 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
     target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract(target, jax.tree.map(lambda _: host, target))
-    return checkpoints.restore(step, {"params": target}, items=("params",))["params"]
+    return checkpoints.restore_params(step, target)
 
 
 def _say_plan(
@@ -407,10 +409,17 @@ def _say_plan(
         f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
+        + (f"\n  {_lora_line(config, state)}" if config.lora.rank else "")
         + _privacy_line(accountant, plan)
         + _mfu_line(mesh)
         + (f"\n  going on from step {done[-1]}" if done else "")
     )
+
+
+def _lora_line(config: Config, state: dict) -> str:
+    lora, count = config.lora, count_params(state["adapters"])
+    base = config.training.init_from or "random weights (training.init_from is empty)"
+    return f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {count:,} parameters are trained, on top of {base}"
 
 
 def _mfu_line(mesh) -> str:
