@@ -356,7 +356,7 @@ class TrackerConfig:
     included: 0 = none, n = the n-th of tag_names. Each name is a slice.
     """
 
-    on: bool = False
+    enabled: bool = False
     examples: bool = True
     lengths: int = 0
     tags: str = ""
@@ -697,8 +697,8 @@ def _rules(config: Config) -> typing.Iterator[str]:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
     tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
-    if privacy.on and tracker.on:
-        yield "privacy (DP-SGD) and tracker.on are both set: what it counts of a block is not noised, set one of them off"
+    if privacy.on and tracker.enabled:
+        yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"
     if bool(tracker.tags) != bool(tracker.tag_names):
         yield "tracker.tags and tracker.tag_names go together: set both or neither"
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):

@@ -53,8 +53,8 @@ def train(config: Config) -> Path:
     """Train one model as `config` says; return the run's directory.
 
     The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
-    tracker.on memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers as an
-    undisturbed one; a finished one stays.
+    tracker.enabled memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers
+    as an undisturbed one; a finished one stays.
     """
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
@@ -134,7 +134,9 @@ def _run(
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
     log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
-    memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"]) if config.tracker.on else None
+    memory = None
+    if config.tracker.enabled:
+        memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"])
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)

@@ -52,7 +52,7 @@ def slice_names(config: Config) -> tuple[str, ...]:
 def tracker_shape(config: Config, blocks: int) -> TrackerShape | None:
     """Return the sizes of the counters of a run over so many blocks, None where the tracker is off."""
     tracker, training = config.tracker, config.training
-    if not tracker.on:
+    if not tracker.enabled:
         return None
     touched = -(-training.log_every * training.batch_size // blocks) + 1
     bins = min(tracker.lengths or training.sequence_length, training.sequence_length)

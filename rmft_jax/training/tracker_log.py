@@ -80,15 +80,16 @@ class TrackerLog:
         """Note the counts of the `count` steps up to `step`, just dispatched; read those of the dispatch before, if due."""
         due, self._pending = self._pending, (step, count, counts)
         if due:
-            self._read(*due, [s for s in range(due[0] - due[1] + 1, due[0] + 1) if s % self._every == 0])
+            self._read(*due)
 
     def flush(self) -> None:
-        """Write the counts of the newest step."""
+        """Write the counts of what is still to be read, with a report of the newest step."""
         if self._pending:
-            self._read(*self._pending, [self._pending[0]])
+            self._read(*self._pending, also=self._pending[:1])
             self._pending = None
 
-    def _read(self, last: int, count: int, counts: dict, steps: list[int]) -> None:
+    def _read(self, last: int, count: int, counts: dict, also: tuple[int, ...] = ()) -> None:
+        steps = [step for step in range(last - count + 1, last + 1) if step % self._every == 0 or step in also]
         if not steps:
             return
         counts = jax.device_get(counts)
