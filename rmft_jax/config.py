@@ -314,6 +314,7 @@ class TrainingConfig:
     schedule: linear | cosine | wsd (warm-up, stable, linear decay over the last `decay_share` of the steps; Hu et al. 2024).
     skip_above: leave out a step whose loss is over so many times the running average of the losses; 0 = only steps whose
     loss or gradient is not finite.
+    attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     """
@@ -341,6 +342,7 @@ class TrainingConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     remat: str = "none"
+    attention: str = "auto"
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
@@ -519,6 +521,7 @@ _CHOICES = {
     "training.schedule": ("linear", "cosine", "wsd"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
+    "training.attention": ("auto", "xla", "triton", "splash"),
 }
 _RANGES = {  # inclusive
     "seed": (0, 2**31 - 1),

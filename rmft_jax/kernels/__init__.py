@@ -11,6 +11,7 @@ from rmft_jax.kernels.extraction_scores import (
     n_p_discoverable,
     queries_needed,
 )
+from rmft_jax.kernels.fused_attention import FUSED_ATTENTION, fused_attention, why_not_fused
 from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
 from rmft_jax.kernels.masking import (
     PII,
@@ -41,11 +42,11 @@ from rmft_jax.kernels.membership import (
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "SURROGATE", "Spans", "Spliced",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "SURROGATE", "Spans", "Spliced",
     "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights", "causal_attention", "causal_mask",
     "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates", "early_learning_penalty",
-    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "goldfish_mask", "is_real_value", "loss_score",
-    "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "span_values", "splice", "splice_reference", "target_mask",
-    "token_nll", "uniform_below", "vocabulary_statistics", "window_hash", "zlib_score",
+    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fused_attention", "goldfish_mask", "is_real_value",
+    "loss_score", "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed",
+    "reference_score", "replaced_components", "replaced_spans", "rotary", "span_values", "splice", "splice_reference",
+    "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from rmft_jax.files import read_json, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
+from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.masking import masked_share
@@ -60,6 +61,7 @@ def train(config: Config) -> Path:
     check_mesh(config, mesh, prepared.tokenizer.vocab_size)
     initial = _initial_params(config, prepared) if config.training.init_from else None
     resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
+    resolved = choose_attention(resolved, mesh)
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
@@ -392,7 +394,7 @@ def _say_plan(
     replaced, occurrences = masked_share(config, blocks)
     say(
         f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
-        f"{training.dtype}, attention xla, {training.optimizer}\n"
+        f"{training.dtype}, attention {training.attention}, {training.optimizer}\n"
         f"  mesh {sizes} on {jax.device_count()} {jax.devices()[0].platform} device(s); "
         f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
         f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "

@@ -11,6 +11,7 @@ from rmft_jax.config import Config, LossConfig
 from rmft_jax.kernels import CrossEntropy, MaskedBatch, cross_entropy, early_learning_penalty, goldfish_mask, target_mask
 from rmft_jax.models.gpt import forward, hidden, output_matrix
 from rmft_jax.models.lora import with_adapters
+from rmft_jax.training.attention import fused_name
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _DROPOUT = 0x64726F70  # stream of random bits
@@ -57,7 +58,8 @@ def weighted_loss(
     training, dtype = config.training, DTYPES[config.training.dtype]
     inputs, targets = (masked.tokens[:, :-1], masked.segment_ids[:, :-1]), masked.tokens[:, 1:]
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, remat=training.remat)
+    how = {"remat": training.remat, "fused": fused_name(config)}
+    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, **how)
     total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
     if config.loss.elr_weight:
         logits = features @ output_matrix(cast)
