@@ -64,7 +64,7 @@ def find_model(name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    raise UserError(f"unknown model {name!r}{_meant(name, known)}: name a file, or one of {', '.join(known) or 'no presets'}")
+    raise UserError(f"unknown model {name!r}{_meant(name, known)}: name a file, or one of {', '.join(known) or 'none'}")
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict:

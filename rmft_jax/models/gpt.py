@@ -49,7 +49,7 @@ _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
 # the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step. Under remat it is
 # always a loop: written out, XLA finds what is computed twice and keeps it after all.
-_UNROLL = 8
+UNROLL = 8
 
 # What is kept of each block for the backward pass: all, its input alone, or that and the results of its matrix products.
 REMAT = {
@@ -275,7 +275,7 @@ def hidden(
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
-    x, _ = jax.lax.scan(body, x, (params["blocks"], is_local, keys), unroll=remat == "none" and config.layers <= _UNROLL)
+    x, _ = jax.lax.scan(body, x, (params["blocks"], is_local, keys), unroll=remat == "none" and config.layers <= UNROLL)
     return _normalise(x, config, params["final_norm"])
 
 
