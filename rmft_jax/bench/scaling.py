@@ -75,7 +75,8 @@ def run(config: Config, peer: str = "", *, meshes: tuple[dict, ...] = MESHES) ->
     measured = [item for item in runs if "bytes" in item]
     if not measured:
         raise UserError(f"no mesh divides this config: {runs[0]['skipped']}")
-    value, wanted = (sum(get(item) for item in measured) for get in (lambda x: x["bytes"], lambda x: sum(x["expected"].values())))
+    value = sum(item["bytes"] for item in measured)
+    wanted = sum(sum(item["expected"].values()) for item in measured)
     return {
         "name": "scaling",
         **environment(),
