@@ -1,4 +1,4 @@
-"""`rmft bench scaling`: memory and traffic of the train step on meshes of fake devices, against what the sharding rules say."""
+"""`rmft bench scaling`: memory and traffic of the train step on meshes of fake devices, against the sharding rules."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def run(config: Config, peer: str = "", *, meshes: tuple[dict, ...] = MESHES) ->
 def expected_bytes(config: Config, devices: int) -> dict[str, int]:
     """Return what a step has to send over a mesh by the rules of `training.mesh`: bytes a device, as `collectives` counts.
 
-    With r, f, t, c devices along replica, fsdp, tensor, context, w bytes an element, L blocks of N parameters each, an output
-    matrix of O and P parameters in all, A microbatches, and a microbatch of B rows of T tokens on a device's replica:
+    With r, f, t, c devices along replica, fsdp, tensor, context; w bytes an element; L blocks of N parameters, an output
+    matrix of O, P parameters in all; A microbatches of B rows of T tokens for each group of devices that shares rows:
       weights, f > 1: each block gathered for the forward pass and again for the backward pass, the output matrix once:
         A (2 L N + O) w / t (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3)
       gradients, r f c > 1: summed over the devices that have other tokens, A P w / t
-      activations, t > 1: a sum after attention and MLP, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053), once
-        more forward under remat full, and one each for the embedding and the output: A (4 L + 2) B T / c E w
+      activations, t > 1: a sum after attention and MLP, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053), the
+        forward ones twice under remat full, and one each for the embedding and the output: A (4 L + 2) B T E w / c
       keys and values, c > 1: gathered forward, their gradients summed backward: A 4 L B T G D w / t
     """
     sizes, model, training = mesh_sizes(config.mesh, devices), config.model, config.training

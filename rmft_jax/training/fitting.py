@@ -46,8 +46,8 @@ def check_fit(
 def changes_that_fit(config: Config, inputs: Inputs, devices: int, limit: int, largest: str = "") -> Changes | None:
     """Return settings, key -> value, with which a step fits into `limit` bytes; None if none of those known helps.
 
-    Looked for is one setting alone, first among those that make the `largest` term smaller, then several; of each the value
-    that changes least. All of them but training.optimizer leave the result of the training as it is.
+    Looked for is one setting alone, first among those that make the `largest` term smaller, then as few as will do; of each
+    the value that changes least. All but training.optimizer leave the result of the training as it is.
     """
     sizes = dict(abstract_mesh(config.mesh, devices).shape)
     options = _options(config, sizes)
@@ -65,22 +65,18 @@ def changes_that_fit(config: Config, inputs: Inputs, devices: int, limit: int, l
             return False
         return estimate(changed, inputs, mesh).total <= limit
 
-    for key in order:
-        for change in options[key]:
-            if fits(change):
-                return change
-    chosen: dict[str, Changes] = {}
-    for key in order:
-        if options[key] and _apply(config, _joined(chosen | {key: options[key][-1]})):
-            chosen[key] = options[key][-1]
-            if fits(_joined(chosen)):
-                break
-    else:
+    most = {key: options[key][-1] for key in order if options[key]}
+    without = {key: change for key, change in most.items() if key != "training.accumulation"}  # which takes a sum of its own
+    chosen = next((changes for changes in (most, without) if fits(_joined(changes))), None)
+    if chosen is None:
         return None
-    for key in list(chosen):  # as little of each as will do
+    for key in chosen:
+        if fits(chosen[key]):
+            return next(change for change in options[key] if fits(change))
+    for key in reversed(list(chosen)):  # as little of each as will do
         fewer = {other: change for other, change in chosen.items() if other != key}
         milder = [fewer, *(chosen | {key: change} for change in options[key])]
-        chosen = next(try_ for try_ in milder if fits(_joined(try_)))
+        chosen = next(changes for changes in milder if fits(_joined(changes)))
     return _joined(chosen)
 
 

@@ -6,6 +6,7 @@ What the backward pass keeps is not guessed: JAX traces the loss, without comput
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from rmft_jax.config import Config, MeshConfig
+from rmft_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
 from rmft_jax.data.blocks import Blocks
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.errors import UserError
@@ -151,12 +152,14 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
     rows = training.batch_size // training.accumulation // (sizes["replica"] * sizes["fsdp"])
     tokens, vocab = rows * training.sequence_length // sizes["context"], inputs.vocab_size // sizes["tensor"]
     chunk, output = min(training.loss_chunk or tokens, tokens), model.width * vocab
-    scores, activations = _kept(config, inputs.vocab_size, rows, sizes)
-    plain = dataclasses.replace(config, training=dataclasses.replace(training, remat="none"))
-    block = sum(_kept(plain, inputs.vocab_size, rows, sizes)) // model.layers
+    saved = functools.partial(_saved, model, config.loss, inputs.vocab_size, rows, sizes["tensor"], sizes["context"])
+    what = {name: getattr(training, name) for name in ("sequence_length", "dtype", "dropout", "loss_chunk", "remat")}
+    scores, activations = saved(**what)
+    block = sum(saved(**what | {"remat": "none"})) // model.layers
     of_block = _shard_bytes(shapes["params"]["blocks"], shardings["params"]["blocks"]) * width // 4 // model.layers
     looped = training.remat != "none" or model.layers > UNROLL  # a loop sets room aside for all of its gradients at once
     gradients = parameters * width // 4
+    summed = accumulates * parameters + looped * gradients
     kept = {
         "weights in bfloat16": narrow * gradients,
         "activations": activations,
@@ -164,11 +167,11 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
     }
     phases = {
         "loss": kept | {
-            "gradients": accumulates * parameters,
+            "gradients": summed,
             "logits": chunk * vocab * (4 + width) + output * (split * width + 4 * narrow + 4 * (chunk < tokens)),
         },
         "backward": kept | {
-            "gradients": accumulates * parameters + looped * gradients,
+            "gradients": summed,
             "one block": block + split * 2 * sizes["fsdp"] * of_block,
         },
         "update": {"gradients": parameters, "update": parameters + _in_flight(training.optimizer, shapes, shardings)},
@@ -189,20 +192,21 @@ def _shard_bytes(shapes, shardings) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def _kept(config: Config, vocab_size: int, rows: int, sizes: dict[str, int]) -> tuple[int, int]:
-    """Return the bytes of attention scores, and of all else, that a device keeps of `rows` rows for the backward pass.
+@functools.lru_cache(maxsize=1024)
+def _saved(
+    model: ModelConfig, loss: LossConfig, vocab_size: int, rows: int, tensor: int, context: int, **training
+) -> tuple[int, int]:
+    """Return the bytes of attention scores, and of all else, that a device saves of `rows` rows for the backward pass.
 
     Traced is a model as narrow as a device's share under mesh.tensor: its heads, its part of the MLP and the vocabulary.
     """
-    model, tensor, length = config.model, sizes["tensor"], config.training.sequence_length
     heads = {"heads": model.heads // tensor, "kv_heads": model.groups // tensor, "head_width": model.head_dim}
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(model, **heads, mlp_width=model.mlp // tensor), mesh=MeshConfig()
-    )
-    dtype = DTYPES[config.training.dtype]
-    params = jax.eval_shape(lambda: init_params(config.model, vocab_size // tensor, jax.random.key(0)))
+    model = dataclasses.replace(model, **heads, mlp_width=model.mlp // tensor)
+    config = Config(model=model, loss=loss, training=TrainingConfig(**training))
+    length, dtype = config.training.sequence_length, DTYPES[config.training.dtype]
+    params = jax.eval_shape(lambda: init_params(model, vocab_size // tensor, jax.random.key(0)))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
-    average = params if config.loss.elr_weight else None
+    average = params if loss.elr_weight else None
     row = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
     masked = MaskedBatch(row, row, row, row, None, None)
     weights = jax.ShapeDtypeStruct((rows, length), bool)
@@ -213,9 +217,11 @@ def _kept(config: Config, vocab_size: int, rows: int, sizes: dict[str, int]) -> 
 
     program = jax.make_jaxpr(backward)(params, average, masked, weights).jaxpr
     given = {id(variable) for variable in program.invars}
-    kept = {id(variable): variable.aval for variable in program.outvars if id(variable) not in given}
-    bytes_by_kind = [0, 0]
-    for x in kept.values():
-        bytes_by_kind[x.ndim < 5 or x.shape[-2:] != (length, length)] += x.size * x.dtype.itemsize
-    scores, rest = (size // sizes["context"] for size in bytes_by_kind)
-    return scores, rest
+    saved = {id(variable): variable.aval for variable in program.outvars if id(variable) not in given}
+    scores, rest = 0, 0
+    for x in saved.values():
+        if x.ndim == 5 and x.shape[-2:] == (length, length):  # of all layers
+            scores += x.size * x.dtype.itemsize
+        else:
+            rest += x.size * x.dtype.itemsize
+    return scores // context, rest // context

@@ -21,8 +21,8 @@ from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.step import compile_train_step
 
 SCHEMA = 1
-_COMPONENTS, _SPANS = 64, 16  # slots of a row, where no data say
-_TABLES, _PIECES = 8, 3  # tables of a bank, tokens of a surrogate
+# Where no data say: slots of a row, values of the corpus, tables of the bank, how many of them are full, tokens of an entry.
+_COMPONENTS, _SPANS, _IDENTITIES, _TABLES, _FULL, _PIECES = 64, 16, 4096, 12, 4, 3
 
 
 def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile: bool = False) -> dict:
@@ -91,12 +91,12 @@ def compile_step(config: Config, inputs: Inputs, devices: list[jax.Device]) -> j
 
 def assumed_inputs(config: Config) -> Inputs:
     """Return shapes as prepared data have them, where there are none: the vocabulary is the config's."""
-    entries = _TABLES * config.masking.surrogates
-    lengths = {"tokens": _PIECES * entries, "begins": entries, "lengths": entries, "values": entries, "real": entries}
-    lengths |= {"anchors": len(config.pii.names), "placeholder": len(config.pii.names)}
+    entries, types = _FULL * config.masking.surrogates, len(config.pii.names)
+    lengths = {"tokens": _PIECES * entries, "begins": entries, "lengths": entries, "values": entries, "real": _IDENTITIES}
+    lengths |= {"anchors": types, "placeholder": types}
     fields = {name: jax.ShapeDtypeStruct((lengths.get(name, _TABLES),), jnp.int32) for name in SurrogateBank._fields}
-    fields |= {"empty": jax.ShapeDtypeStruct((), jnp.int32), "real": jax.ShapeDtypeStruct((entries,), jnp.uint32)}
-    return Inputs(config.tokenizer.vocab_size, entries, _COMPONENTS, _SPANS, SurrogateBank(**fields))
+    fields |= {"empty": jax.ShapeDtypeStruct((), jnp.int32), "real": jax.ShapeDtypeStruct((_IDENTITIES,), jnp.uint32)}
+    return Inputs(config.tokenizer.vocab_size, _IDENTITIES, _COMPONENTS, _SPANS, SurrogateBank(**fields))
 
 
 def describe(result: dict) -> str:
