@@ -77,7 +77,7 @@ def test_xla_agrees(devices, settings):
     """Arguments to 1%; temporaries as close as the table of docs/plan.md says of larger models."""
     ratio = plan(small(*settings, "training.sequence_length=128"), devices=devices, compile=True)["compiled"]["ratio"]
     assert ratio["arguments"] == pytest.approx(1, abs=0.01)
-    assert ratio["temp"] == pytest.approx(1, abs=0.25)
+    assert ratio["temp"] == pytest.approx(1, abs=0.2)
 
 
 def test_activations_follow_the_shapes():
@@ -106,8 +106,8 @@ def test_a_mesh_divides_what_it_splits():
 @pytest.mark.parametrize(
     ("devices", "settings", "says"),
     [
-        (8, ["mesh.replica=-1", "mesh.tensor=8", "model.heads=8", "tokenizer.vocab_size=508"], "vocab_size 508 .* mesh.tensor"),
-        (2, ["mesh.fsdp=2", "model.heads=1", "model.width=63", "model.positions=learned"], "model.width 63 is not divisible"),
+        (8, ["mesh.tensor=8", "model.heads=8", "tokenizer.vocab_size=508"], "vocab_size 508 .*mesh.tensor"),
+        (2, ["mesh.fsdp=2", "model.heads=1", "model.width=63", "model.positions=learned"], "model.width 63 is not"),
         (3, ["mesh.replica=-1"], "training.batch_size 8 is not divisible by the 3 devices"),
         (8, ["mesh.fsdp=2"], "does not fit 8 devices"),
     ],

@@ -78,7 +78,7 @@ def test_a_resolved_config_names_no_include(tmp_path):
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"top": {"include": "gpt2_124.yaml"}, "gpt2_124m": {}}, r"gpt2_124.yaml \(included by .*did you mean gpt2_124m.yaml"),
+        ({"top": {"include": "gpt2_124.yaml"}, "gpt2_124m": {}}, r"gpt2_124.yaml \(included by .*did you mean gpt2_124m"),
         ({"top": {"include": "b.yaml"}, "b": {"include": "top.yaml"}}, "circle .*top.yaml -> .*b.yaml -> .*top.yaml"),
         ({"top": {"include": "top.yaml"}}, "circle"),
         ({"top": {"include": {"a": 1}}}, "it must be a file or a list of files"),
