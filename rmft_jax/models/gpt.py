@@ -51,8 +51,9 @@ for _path, _axes in [item for item in LOGICAL_AXES.items() if item[0][0] == "blo
 _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu}
 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
-# the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step.
-_UNROLL = 8
+# the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step. Under remat it is
+# always a loop: written out, XLA finds what is computed twice and keeps it after all.
+UNROLL = 8
 
 # What is kept of each block for the backward pass: all, its input alone, or that and the results of its matrix products.
 REMAT = {
@@ -312,7 +313,7 @@ def hidden(
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
     layers = params["blocks"], is_local, keys, adapters["blocks"]
-    x, _ = jax.lax.scan(body, x, layers, unroll=config.layers <= _UNROLL)
+    x, _ = jax.lax.scan(body, x, layers, unroll=remat == "none" and config.layers <= UNROLL)
     return _normalise(x, config, params["final_norm"])
 
 

@@ -80,9 +80,10 @@ def spread_cross_entropy(features, output, targets, weights, config: Config) -> 
         total, scores = cross_entropy(*flat, config.training.loss_chunk, config.training.z_loss)
         return total[None], jax.tree.map(lambda x: x.reshape(targets.shape), scores)
 
-    rules = dict(get_logical_axis_rules())
-    if rules.get("batch"):
-        rows, tokens = (*rules["batch"], rules["sequence"]), P(rules["batch"], rules["sequence"])
+    rules, sizes = dict(get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    rows = (*rules["batch"], rules["sequence"]) if rules.get("batch") else ()
+    if any(sizes[axis] > 1 for axis in rows):  # XLA refuses sums over axes of one device where others are split
+        tokens = P(rules["batch"], rules["sequence"])
         of_rows = jax.shard_map(
             of_rows,
             in_specs=(tokens, P(), tokens, tokens),
