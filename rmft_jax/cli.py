@@ -114,6 +114,24 @@ def audit(
 
 
 @app.command()
+def track(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_json: Json = False,
+) -> None:
+    """Count which training tokens every saved checkpoint of RUN... has memorized: track.json and a table."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.memorization.tracker import track
+
+    use_cores()
+    results = track(runs)
+    if as_json:
+        print(json.dumps(results))
+        return
+    for run, result in zip(runs, results, strict=True):
+        _print_track(run, result)
+
+
+@app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Audited run directories, one of them without a defence.")],
     out: Annotated[Path | None, typer.Option(help="Where results.json goes [default: above the runs].")] = None,
@@ -188,7 +206,7 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: masking, train, scaling, detect, dedup, audit.")],
+    name: Annotated[str, typer.Argument(help="What to measure: masking, tracker, train, scaling, detect, dedup, audit.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",
@@ -273,6 +291,28 @@ def _print_table(results: dict) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(text_table(results))
+
+
+def _print_track(run: Path, result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [name for name, counts in result["checkpoints"][-1]["slices"].items() if counts["targets"]]
+    table = Table(title=f"{run}: memorized, % of the training tokens", title_justify="left")
+    for column in ("step", *names, "runs", "mean", "longest", f"blocks of {result['examples']:,}"):
+        table.add_column(column, justify="right")
+    for entry in result["checkpoints"]:
+        runs = entry["runs"]
+        table.add_row(
+            f"{entry['step']:,}",
+            *(f"{100 * entry['slices'][name]['m']:.2f}" for name in names),
+            f"{runs['count']:,}",
+            "" if runs["mean"] is None else f"{runs['mean']:.2f}",
+            f"{runs['longest']:,}",
+            f"{entry['examples_memorized']:,}",
+        )
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
 
 
 def _print_claims(results: dict) -> None:

@@ -350,6 +350,23 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class TrackerConfig:
+    """What is memorized while training (docs/tracker.md): memorization.jsonl, a record every training.log_every steps.
+
+    examples: follow each block of an epoch too, 12 bytes each.
+    lengths: places of the histogram of run lengths, the last one for all from there on; 0 = one for each that there can be.
+    tags: a .npy file of integers, one for each token of the training documents in the order of the corpus, duplicates
+    included: 0 = none, n = the n-th of tag_names. Each name is a slice.
+    """
+
+    enabled: bool = False
+    examples: bool = True
+    lengths: int = 0
+    tags: str = ""
+    tag_names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 (at most once) takes what is left.
 
@@ -456,6 +473,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -586,6 +604,7 @@ _RANGES = {  # inclusive
     "training.steps_per_dispatch": (1, 10_000),
     "training.profile_at": (0, None),
     "training.log_every": (1, None),
+    "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
     "checkpoint.keep_last": (1, None),
@@ -681,6 +700,13 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if privacy.on and training.accumulation > 1:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
+    tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
+    if privacy.on and tracker.enabled:
+        yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"
+    if bool(tracker.tags) != bool(tracker.tag_names):
+        yield "tracker.tags and tracker.tag_names go together: set both or neither"
+    if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
+        yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
     yield from _pii_rules(config)

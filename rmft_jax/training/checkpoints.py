@@ -1,7 +1,8 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
-`progress`, `guard` (of left-out steps), and `average` in runs that keep an average of the weights.
+`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, and `tracker` in runs that
+follow memorization.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ITEMS = {
     "progress": ("seen", "step"),
     "guard": ("guard",),
     "average": ("average",),
+    "tracker": ("tracker",),
 }
 
 

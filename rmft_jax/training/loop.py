@@ -35,6 +35,8 @@ from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replic
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state, model_of
+from rmft_jax.training.tracker import read_tags, tag_canaries, tracker_shape
+from rmft_jax.training.tracker_log import TrackerLog
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
@@ -53,8 +55,9 @@ class Plan:
 def train(config: Config) -> Path:
     """Train one model as `config` says; return the run's directory.
 
-    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/. A run that
-    was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
+    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
+    tracker.enabled memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers
+    as an undisturbed one; a finished one stays.
     """
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
@@ -74,7 +77,8 @@ def train(config: Config) -> Path:
     keep_programs()
 
     optimizer = make_optimizer(config.training, plan.steps)
-    shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
+    sizes = config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, tracker_shape(config, len(blocks))
+    shapes = jax.eval_shape(lambda: init_state(*sizes))
     shardings = shardings_for(shapes, mesh)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
@@ -89,8 +93,7 @@ def train(config: Config) -> Path:
     if done:
         state = checkpoints.restore(done[-1], abstract(shapes, shardings))
     else:
-        make = lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)  # noqa: E731
-        state = jax.jit(make, out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
@@ -109,7 +112,9 @@ def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
     """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
     drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
     stride = config.training.sequence_length - config.masking.margin
-    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope)
+    tags = read_tags(config, prepared)
+    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope, tags=tags)
+    tag_canaries(train, prepared, config)
     blocks = Blocks(train, stride=stride)
     return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
 
@@ -136,6 +141,9 @@ def _run(
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
     log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
+    memory = None
+    if config.tracker.enabled:
+        memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"])
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
@@ -147,7 +155,11 @@ def _run(
             state, metrics = step_fns[count](state, batch, bank)
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
+        if memory:
+            memory.add(step, count, metrics.pop("tracker"))
         log.add(step, count, metrics)
+        if memory and step in stops:
+            memory.flush()
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(

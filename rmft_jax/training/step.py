@@ -18,15 +18,23 @@ from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spr
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
 from rmft_jax.training.privacy import private_gradient
+from rmft_jax.training.tracker import TrackerShape, init_tracker, update_tracker
 
 _LORA = 0x6C6F7261  # stream of random bits
 
 
-def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
+def init_state(
+    config: Config,
+    vocab_size: int,
+    identities: int,
+    optimizer: optax.GradientTransformation,
+    tracker: TrackerShape | None = None,
+) -> dict:
     """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
     guard: what `accept` needs to know of earlier steps. Under LoRA also adapters, which are what is trained then, and
-    adapter_scale; with early-learning regularization also average, the average of what is trained.
+    adapter_scale; with early-learning regularization also average, the average of what is trained; with the sizes of a
+    tracker also tracker (`training.tracker`).
     """
     key = jax.random.key(config.seed, impl="threefry2x32")
     params, adapters = init_params(config.model, vocab_size, key), {}
@@ -42,6 +50,8 @@ def init_state(config: Config, vocab_size: int, identities: int, optimizer: opta
         "step": jnp.zeros((), jnp.int32),
         "guard": {"loss": jnp.zeros(()), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }
+    if tracker:
+        state["tracker"] = init_tracker(tracker)
     return state | ({"average": jax.tree.map(jnp.copy, trained)} if config.loss.elr_weight else {})
 
 
@@ -57,7 +67,8 @@ def train_step(
 ) -> tuple[dict, dict]:
     """Mask the batch, take one optimizer step, and note which true PII values the model was shown.
 
-    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics.
+    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics,
+    scalars but for the counts of a tracker.
     """
     masked = mask_batch(
         batch,
@@ -75,7 +86,7 @@ def train_step(
     else:
         average = state.get("average")
         gradients, scores = loss_and_gradient(state[part], config, masked, average=average, key=key, **frozen)
-        del scores["hit"]  # metrics are scalars
+        hit = scores.pop("hit")
     norm = optax.global_norm(gradients)
     ok, guard = accept(state["guard"], config, scores["loss"], norm)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state[part])
@@ -97,11 +108,15 @@ def train_step(
         "skipped": guard["skipped"],
         "skipped_in_a_row": guard["in_a_row"],
     }
+    if "tracker" in state:
+        new["tracker"] = update_tracker(state["tracker"], batch, masked, hit, new["step"])
+        metrics["tracker"] = new["tracker"]["counts"]
     return new, metrics
 
 
 def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, dict]:
-    """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number.
+    """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number
+    and what a tracker has counted, which is of the model as it was before.
 
     A step counts where loss and gradient are finite and, with training.skip_above, the loss is at most so many times the
     running average of the losses. A loss above that moves the average as one at the limit, so that a lasting change is
