@@ -65,11 +65,11 @@ def train(config: Config) -> Path:
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, prepared.tokenizer.vocab_size)
     inputs = inputs_of(prepared, blocks)
-    memory, limit = estimate(config, inputs, mesh), device_memory()
+    attending = choose_attention(config, mesh)
+    memory, limit = estimate(attending, inputs, mesh), device_memory()
     check_fit(config, inputs, mesh, memory, limit, certain=True)
     initial = _initial_params(config, prepared) if config.training.init_from else None
-    resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
-    resolved = choose_attention(resolved, mesh)
+    resolved, accountant = resolve_privacy(attending, len(blocks), plan.steps)
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
