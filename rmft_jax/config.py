@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from rmft_jax.errors import UserError
+from rmft_jax.includes import merge, read_includes, read_tree
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,7 @@ class TrainingConfig:
     schedule: linear | cosine | wsd (warm-up, stable, linear decay over the last `decay_share` of the steps; Hu et al. 2024).
     skip_above: leave out a step whose loss is over so many times the running average of the losses; 0 = only steps whose
     loss or gradient is not finite.
+    attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     """
@@ -341,6 +343,7 @@ class TrainingConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     remat: str = "none"
+    attention: str = "auto"
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
@@ -507,7 +510,7 @@ def _masked_by(config: Config) -> set[str]:
     return {rule.stock if rule.replacement == "surrogate" else rule.replacement for rule in rules}
 
 
-# What each defence is called, and when it is switched on. Weight decay is one where it is not the usual one.
+# What each defence is called, and when it is switched on. Weight decay is one where it is more than usual.
 METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "rmft": lambda config: "invented" in _masked_by(config),
     "recombination": lambda config: bool({"recombined", "look_alike"} & set(_masked_by(config))),
@@ -517,7 +520,7 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "pii_loss": lambda config: config.loss.pii_weight != 1,
     "surrogate_loss": lambda config: config.loss.surrogate_weight != 1,
     "elr": lambda config: config.loss.elr_weight > 0,
-    "weight_decay": lambda config: config.training.weight_decay != TrainingConfig.weight_decay,
+    "weight_decay": lambda config: config.training.weight_decay > TrainingConfig.weight_decay,
     "dropout": lambda config: config.training.dropout != TrainingConfig.dropout,
     "early_stopping": lambda config: config.training.early_stopping > 0,
     "dp": lambda config: config.privacy.on,
@@ -537,6 +540,7 @@ _CHOICES = {
     "training.schedule": ("linear", "cosine", "wsd"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
+    "training.attention": ("auto", "xla", "triton", "splash"),
 }
 _RANGES = {  # inclusive
     "seed": (0, 2**31 - 1),
@@ -782,32 +786,29 @@ def _pii_rules(config: Config) -> typing.Iterator[str]:
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file (None = the defaults), apply `key.path=value` overrides and check everything.
 
+    A top-level key `include` names files to take keys from (see `includes.read_tree`); as an override, relative to the
+    current folder, its keys give way to all others.
     Raises UserError with one line for the first thing that is wrong: the file, an unknown key, a type, a rule.
     """
-    tree: dict = {}
-    if path is not None:
-        tree = _read_yaml(Path(path))
-    where = str(path) if path is not None else "the defaults"
+    tree, files = read_tree(Path(path)) if path is not None else ({}, [])
+    for override in reversed(overrides):
+        if override.partition("=")[0].strip() == "include":
+            below, more = read_includes(_value(override.partition("=")[2]), Path())
+            tree, files = merge(below, tree), [*files, *more]
+    where = " with ".join(map(str, files)) or "the defaults"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise UserError(f"argument {override!r} is not an override: write key.path=value, such as seed=1")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
+        if key.strip() == "include":
+            continue
+        value = _value(text)
         _put(tree, key.strip().split("."), "" if value is None else value, override)
     return _build(Config, tree, "", where)
 
 
 def with_changes(config: Config, changes: dict, where: str = "the changes") -> Config:
     """Return the config with nested keys changed, such as {"masking": {"policy": "all"}}; checked as when it is loaded."""
-
-    def merge(old: typing.Any, new: typing.Any) -> typing.Any:
-        if not isinstance(old, dict) or not isinstance(new, dict):
-            return new
-        return old | {key: merge(old.get(key), value) for key, value in new.items()}
-
     return _build(Config, merge(to_dict(config), changes), "", where)
 
 
@@ -827,20 +828,11 @@ def _plain(value: typing.Any) -> typing.Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _read_yaml(path: Path) -> dict:
+def _value(text: str) -> typing.Any:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read ({error.strerror}): check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        at = f" line {line + 1}" if line is not None else ""
-        raise UserError(f"config {path}{at} is not valid YAML: check its indentation and quotes") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise UserError(f"config {path} is a {type(tree).__name__}: it must hold `key: value` lines")
-    return tree
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _put(tree: dict, keys: list[str], value: typing.Any, override: str) -> None:

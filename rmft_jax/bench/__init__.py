@@ -20,6 +20,7 @@ BENCHES = {
     "audit": "greedy decoding of the audit's prompts, against transformers",
     "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",
+    "scaling": "memory and traffic of the train step on meshes of fake devices, against the sharding rules",
 }
 
 

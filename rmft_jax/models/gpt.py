@@ -16,7 +16,7 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
 from rmft_jax.config import ModelConfig
-from rmft_jax.kernels import attention, causal_attention, causal_mask, document_positions, rotary
+from rmft_jax.kernels import attention, causal_attention, causal_mask, document_positions, fused_attention, rotary
 
 # Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
 # The first path that ends a parameter's is the one that counts.
@@ -51,8 +51,9 @@ for _path, _axes in [item for item in LOGICAL_AXES.items() if item[0][0] == "blo
 _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu}
 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
-# the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step.
-_UNROLL = 8
+# the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step. Under remat it is
+# always a loop: written out, XLA finds what is computed twice and keeps it after all.
+UNROLL = 8
 
 # What is kept of each block for the backward pass: all, its input alone, or that and the results of its matrix products.
 REMAT = {
@@ -266,7 +267,16 @@ def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp
 
 
 def hidden(
-    params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: float = 0.0, key=None, remat: str = "none"
+    params: dict,
+    config: ModelConfig,
+    tokens,
+    segment_ids,
+    *,
+    dropout: float = 0.0,
+    key=None,
+    remat: str = "none",
+    fused: str = "",
+    interpret: bool = False,
 ) -> jax.Array:
     """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
@@ -275,6 +285,7 @@ def hidden(
     dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
       al. 2014); at 0 the program holds no draws and needs no key.
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
+    fused: a name in FUSED_ATTENTION that can serve this model here, "" = plain XLA; interpret: as `fused_attention` has it.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(segment_ids)
@@ -287,6 +298,8 @@ def hidden(
         block, is_local, key, pairs = layer
 
         def attend(q, k, v):
+            if fused:
+                return _fused(q, k, v, segment_ids, config.attention_scale, fused, interpret), None
             seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
             return causal_attention(q, k, v, seen, config.attention_scale, blocks), None
 
@@ -300,8 +313,19 @@ def hidden(
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
     layers = params["blocks"], is_local, keys, adapters["blocks"]
-    x, _ = jax.lax.scan(body, x, layers, unroll=config.layers <= _UNROLL)
+    x, _ = jax.lax.scan(body, x, layers, unroll=remat == "none" and config.layers <= UNROLL)
     return _normalise(x, config, params["final_norm"])
+
+
+def _fused(q, k, v, segment_ids, scale: float, name: str, interpret: bool):
+    """Run the kernel on each device's own rows and heads, where `place` splits those over a mesh."""
+    run = functools.partial(fused_attention, scale=scale, name=name, interpret=interpret)
+    if not (rules := dict(get_logical_axis_rules())):
+        return run(q, k, v, segment_ids)
+    rows, heads = rules["batch"], rules["heads"]
+    split = PartitionSpec(rows, heads)
+    specs = {"in_specs": (split, split, split, PartitionSpec(rows)), "out_specs": split}
+    return jax.shard_map(run, **specs, axis_names={*(rows or ()), heads}, check_vma=False)(q, k, v, segment_ids)
 
 
 @jax.custom_vjp

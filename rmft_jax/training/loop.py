@@ -19,15 +19,18 @@ from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tagged_corpus import read_corpus
-from rmft_jax.devices import is_main, keep_programs, peak_flops
+from rmft_jax.devices import device_memory, is_main, keep_programs, peak_flops
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
+from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
+from rmft_jax.training.fitting import check_fit
 from rmft_jax.training.masking import masked_share
+from rmft_jax.training.memory import describe_memory, estimate, inputs_of
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
@@ -61,8 +64,12 @@ def train(config: Config) -> Path:
     plan = make_plan(config, len(blocks))
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, prepared.tokenizer.vocab_size)
+    inputs = inputs_of(prepared, blocks)
+    attending = choose_attention(config, mesh)
+    memory, limit = estimate(attending, inputs, mesh), device_memory()
+    check_fit(config, inputs, mesh, memory, limit, certain=True)
     initial = _initial_params(config, prepared) if config.training.init_from else None
-    resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
+    resolved, accountant = resolve_privacy(attending, len(blocks), plan.steps)
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
@@ -91,7 +98,7 @@ def train(config: Config) -> Path:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["adapters" if config.lora.rank else "params"])
-    _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done)
+    _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done, describe_memory(memory, limit))
     if is_main():
         write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
     try:
@@ -394,8 +401,9 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
 
 
 def _say_plan(
-    config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, accountant, done: list[int]
-) -> None:
+    config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, accountant, done: list[int],
+    memory: str,
+) -> None:  # fmt: skip
     training = config.training
     flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -404,11 +412,12 @@ def _say_plan(
     replaced, occurrences = masked_share(config, blocks)
     say(
         f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
-        f"{training.dtype}, attention xla, {training.optimizer}\n"
+        f"{training.dtype}, attention {training.attention}, {training.optimizer}\n"
         f"  mesh {sizes} on {jax.device_count()} {jax.devices()[0].platform} device(s); "
         f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
         f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "
         f"({len(blocks.corpus.tokens):,} of {rank['tokens']:,} tokens; dedup {config.dedup.policy})\n"
+        f"  {memory}\n"
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
         + (f"\n  {_lora_line(config, state)}" if config.lora.rank else "")

@@ -11,6 +11,7 @@ from rmft_jax.config import Config, LossConfig
 from rmft_jax.kernels import CrossEntropy, MaskedBatch, cross_entropy, early_learning_penalty, goldfish_mask, target_mask
 from rmft_jax.models.gpt import forward, hidden, output_matrix
 from rmft_jax.models.lora import with_adapters
+from rmft_jax.training.attention import fused_name
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _DROPOUT = 0x64726F70  # stream of random bits
@@ -57,7 +58,8 @@ def weighted_loss(
     training, dtype = config.training, DTYPES[config.training.dtype]
     inputs, targets = (masked.tokens[:, :-1], masked.segment_ids[:, :-1]), masked.tokens[:, 1:]
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, remat=training.remat)
+    how = {"remat": training.remat, "fused": fused_name(config)}
+    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, **how)
     total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
     if config.loss.elr_weight:
         logits = features @ output_matrix(cast)
@@ -78,9 +80,10 @@ def spread_cross_entropy(features, output, targets, weights, config: Config) -> 
         total, scores = cross_entropy(*flat, config.training.loss_chunk, config.training.z_loss)
         return total[None], jax.tree.map(lambda x: x.reshape(targets.shape), scores)
 
-    rules = dict(get_logical_axis_rules())
-    if rules.get("batch"):
-        rows, tokens = (*rules["batch"], rules["sequence"]), P(rules["batch"], rules["sequence"])
+    rules, sizes = dict(get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    rows = (*rules["batch"], rules["sequence"]) if rules.get("batch") else ()
+    if any(sizes[axis] > 1 for axis in rows):  # XLA refuses sums over axes of one device where others are split
+        tokens = P(rules["batch"], rules["sequence"])
         of_rows = jax.shard_map(
             of_rows,
             in_specs=(tokens, P(), tokens, tokens),

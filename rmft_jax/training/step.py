@@ -13,6 +13,7 @@ from rmft_jax.config import Config
 from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask
 from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
 from rmft_jax.models.lora import init_adapters, with_adapters
+from rmft_jax.training.attention import fused_name
 from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spread_cross_entropy
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
@@ -166,7 +167,7 @@ def compile_eval_step(config: Config, mesh: Mesh) -> Callable:
         segments, targets = batch.segment_ids, target_mask(batch.segment_ids)
         with placement(mesh):
             params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
-            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1])
+            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1], fused=fused_name(config))
             _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
         return scores.nll, targets, batch.component[:, 1:] > 0
 
