@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from documents import SMALL
 from test_cli import rmft
 
 from rmft_jax.config import load_config
 from rmft_jax.data.blocks import Corpus
 from rmft_jax.data.loader import batches
+from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import (
@@ -63,7 +65,7 @@ class ByHand:
                 origin = masked.origin[b, t] if inside else SURROGATE
                 if inside:
                     tag = batch.tag[b, masked.source[b, t]] if origin != SURROGATE else 0
-                    for slice in [origin] + [2 + tag] * (tag > 0):
+                    for slice in (origin, 2 + tag) if tag else (origin,):
                         self.targets[round, slice] += 1
                         self.hits[round, slice] += hit[b, t - 1]
                 true_hit = origin != SURROGATE and hit[b, t - 1]
@@ -146,7 +148,7 @@ def test_counters_equal_a_count_by_hand_on_any_number_of_devices(tiny, prepared,
     rows, whole = batch_sharding(mesh), replicated(mesh)
     update = jax.jit(update_tracker, in_shardings=(whole, rows, rows, rows, whole), out_shardings=whole)
     rng = np.random.default_rng(devices)
-    shape = TrackerShape(rounds=3, slices=5, bins=20, examples=24)
+    shape = TrackerShape(rounds=3, slices=5, bins=8, examples=24)
     tracker, by_hand = jax.device_put(init_tracker(shape), whole), ByHand(shape)
     for step in range(1, 6):
         batch, shown, hit = random_batch(rng, template, jax.device_get(masked), shape)
@@ -178,7 +180,13 @@ def learned(tiny, prepared):
     return jax.device_get(state["params"])
 
 
-@pytest.mark.parametrize(("devices", "accumulation"), [(1, 4), (8, 1), (8, 5)])
+def argmax_hits(params, config, tokens, segments):
+    """Return bool [B, N-1]: which next tokens a plain forward pass takes for the likeliest."""
+    logits = jax.jit(lambda params, *rows: forward(params, config.model, *rows))(params, tokens[:, :-1], segments[:, :-1])
+    return np.asarray(logits.argmax(-1) == tokens[:, 1:])
+
+
+@pytest.mark.parametrize(("devices", "accumulation"), [(1, 4), (8, 1)])
 def test_the_step_counts_what_its_model_predicts(tiny, prepared, learned, devices, accumulation):
     config = tiny(*TRACK, "masking.policy=keep_first", f"training.accumulation={accumulation}")
     mesh, optimizer, state, source, bank, _ = begin(config, prepared, devices)
@@ -186,8 +194,7 @@ def test_the_step_counts_what_its_model_predicts(tiny, prepared, learned, device
     step, batch = compile_train_step(config, optimizer, mesh, state), next(source)
     by_hand = ByHand(tracker_shape(config, state["tracker"]["examples"]["first"].size))
     masked = mask_batch(batch, prepared.bank, masking_key(config.seed), length=33, rules=masking_rules(config))
-    logits = jax.jit(lambda: forward(learned, config.model, masked.tokens[:, :-1], masked.segment_ids[:, :-1]))()
-    hit = np.asarray(logits.argmax(-1) == masked.tokens[:, 1:])
+    hit = argmax_hits(learned, config, masked.tokens, masked.segment_ids)
     by_hand.add(batch, jax.device_get(masked), hit, 1)
     state, _ = jax.block_until_ready(step(state, put([batch], mesh), bank))
     by_hand.check(state["tracker"])
@@ -254,24 +261,32 @@ def test_surrogates_are_neither_hits_nor_targets_of_what_they_replace(tiny, prep
     counts = jax.jit(update_tracker)(init_tracker(tracker_shape(config, len(blocks))), batch, masked, hit, 1)["counts"]
     text, pii, surrogate, addresses = counts["hits"][0]
     is_target, origin = target_mask(masked.segment_ids), masked.origin[:, 1:]
-    assert surrogate == (is_target & (origin == SURROGATE)).sum() > 100
+    assert surrogate == (is_target & (origin == SURROGATE)).sum() > 50
     kept = np.take_along_axis(batch.tokens, np.minimum(masked.source, batch.tokens.shape[1] - 1), axis=1) == masked.tokens
     assert text + pii <= (is_target & kept[:, 1:]).sum() and pii == addresses < 0.5 * surrogate  # literal text of addresses
     assert (counts["lengths"][0] * np.arange(1, 33)).sum() == text + pii
 
 
 @pytest.fixture(scope="module")
-def whole(tiny):
-    """Return a run with a tracker, of 14 steps and some epochs."""
-    return train(tiny(*RUN, "name=tracked"))
+def few(tmp_path_factory):
+    """Return a function that makes a config for a few documents, prepared, whose epochs are short."""
+    settings = [*TINY, "source.limit=8", f"out={tmp_path_factory.mktemp('few')}"]
+    prepare(load_config(None, settings))
+    return lambda *overrides: load_config(None, [*settings, *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole(few):
+    """Return a run with a tracker, over some epochs."""
+    return train(few(*RUN, "name=tracked"))
 
 
 RUN = [*TRACK, "training.steps=20", "checkpoint.count=2", "checkpoint.every_steps=4", "checkpoint.keep_last=2",
        "training.learning_rate=0.01", "training.warmup_steps=0"]  # fmt: skip
 
 
-def test_a_resumed_run_writes_the_same_curves(tiny, whole, tmp_path, monkeypatch):
-    config = tiny(*RUN, "name=tracked", f"out={tmp_path}", f"data={tiny().data_dir}")
+def test_a_resumed_run_writes_the_same_curves(few, whole, tmp_path, monkeypatch):
+    config = few(*RUN, "name=tracked", f"out={tmp_path}", f"data={few().data_dir}")
     original = loop.MetricsLog.add
 
     def dies(self, step, count, metrics):
@@ -293,9 +308,9 @@ def test_a_resumed_run_writes_the_same_curves(tiny, whole, tmp_path, monkeypatch
     assert all(np.array_equal(a[name], b[name]) for name in ("hits", "targets", "first"))
 
 
-def test_every_target_is_counted_once_an_epoch_however_batches_fall(tiny, prepared, whole):
+def test_every_target_is_counted_once_an_epoch_however_batches_fall(whole):
     config = load_run_config(whole)
-    blocks, _ = load_blocks(config, prepared)
+    blocks, _ = load_blocks(config, load_prepared(config))
     assert len(blocks) % config.training.batch_size
     header, *records = map(json.loads, (whole / "memorization.jsonl").read_text().splitlines())
     epochs = [record for record in records if record["kind"] == "epoch"]
@@ -313,19 +328,18 @@ def test_every_target_is_counted_once_an_epoch_however_batches_fall(tiny, prepar
     assert (examples["first"] > 0).sum() == records[-1]["examples_memorized"]
 
 
-def test_track_counts_saved_checkpoints_as_a_plain_pass_does(prepared, whole, capsys):
+def test_track_counts_saved_checkpoints_as_a_plain_pass_does(whole, capsys):
     config = load_run_config(whole)
     code, out, _ = rmft("track", whole, "--json", capsys=capsys)
     (result,) = json.loads(out)
     assert code == 0 and result == json.loads((whole / "track.json").read_text())
-    blocks, _ = load_blocks(config, prepared)
+    blocks, _ = load_blocks(config, load_prepared(config))
     checkpoints, step = Checkpoints.open(whole)
     params = checkpoints._manager.restore(step)["params"]["params"]
     checkpoints.close()
     rows = [blocks[number] for number in range(len(blocks))]
     tokens, segments = (np.stack([row[name] for row in rows]) for name in ("tokens", "segment_ids"))
-    logits = jax.jit(lambda: forward(params, config.model, tokens[:, :-1], segments[:, :-1]))()
-    right = np.asarray((logits.argmax(-1) == tokens[:, 1:]) & target_mask(segments))
+    right = argmax_hits(params, config, tokens, segments) & np.asarray(target_mask(segments))
     entry = result["checkpoints"][-1]
     assert entry["step"] == step == 20 and entry["slices"]["all"]["hits"] == right.sum() > 100
     lengths = [len(list(group)) for row in right for is_right, group in itertools.groupby(row) if is_right]
@@ -334,15 +348,15 @@ def test_track_counts_saved_checkpoints_as_a_plain_pass_does(prepared, whole, ca
     assert code == 0 and f"{100 * entry['slices']['pii']['m']:.2f}" in out
 
 
-def test_a_run_without_a_tracker_can_be_tracked_afterwards(tiny):
-    run = train(tiny(*SMALL, "training.steps=2", "checkpoint.count=1", "name=untracked"))
+def test_a_run_without_a_tracker_can_be_tracked_afterwards(few):
+    run = train(few(*SMALL, "training.batch_size=8", "training.steps=1", "checkpoint.count=1", "name=untracked"))
     assert not (run / "memorization.jsonl").exists()
     assert track([run])[0]["checkpoints"][0]["slices"]["all"]["targets"] > 1000
     with pytest.raises(UserError, match="has not followed examples"):
         load_examples(run)
 
 
-def test_tags_follow_their_tokens_through_deduplication(tiny, tmp_path):
+def test_tags_follow_their_tokens_through_deduplication(tiny):
     records = list(read_corpus(tiny().data_dir, "train"))
     tokens = np.concatenate([record["tokens"] for record in records])
     corpus = Corpus(records, drop_near=True, drop_exact=True, tags=tokens)
@@ -369,8 +383,6 @@ def test_tags_that_do_not_fit_are_refused(tiny, prepared, tmp_path):
 
 
 def test_canaries_are_a_slice(tmp_path):
-    from rmft_jax.data.prepare import load_prepared, prepare
-
     config = load_config(None, ["source.limit=20", "tokenizer.vocab_size=600", "canary.count=3", "canary.repetitions=[2]",
                                 f"out={tmp_path}", "tracker.enabled=true"])  # fmt: skip
     prepare(config)
