@@ -86,7 +86,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
         "shape": {
             "batch_size": config.training.batch_size,
             "sequence_length": config.training.sequence_length,
-            **{name: getattr(config.model, name) for name in ("layers", "width", "heads", "positions", "norm", "activation")},
+            **{name: getattr(config.model, name) for name in ("layers", "width", "heads", "positions", "activation")},
             "vocab_size": config.tokenizer.vocab_size,
             "dtype": config.training.dtype,
             "masking": config.masking.policy,
