@@ -103,9 +103,9 @@ def _params(config: Config, prepared: Prepared) -> dict:
     if not config.training.init_from:
         return jax.device_put(make(), everywhere())
     checkpoints, step = Checkpoints.open(Path(config.training.init_from))
-    tree = {"params": jax.eval_shape(make)}
+    tree = jax.eval_shape(make)
     target = abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
-    params = checkpoints.restore(step, target, items=("params",))["params"]
+    params = checkpoints.restore_params(step, target)
     checkpoints.close()
     return params
 
