@@ -1,6 +1,6 @@
 """Pure, jittable array functions, usable in any JAX program: they import nothing of rmft_jax outside this room."""
 
-from rmft_jax.kernels.attention import attention, causal_attention, causal_mask, document_positions, rotary
+from rmft_jax.kernels.attention import attention, causal_attention, causal_mask, document_positions, rotary, rotary_angles
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
 from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
 from rmft_jax.kernels.exposure import exposure_by_rank
@@ -46,6 +46,6 @@ __all__ = [
     "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates", "early_learning_penalty",
     "exposure_by_rank", "extraction_strength", "filtered_log_prob", "goldfish_mask", "is_real_value", "loss_score",
     "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "span_values", "splice", "splice_reference", "target_mask",
-    "token_nll", "uniform_below", "vocabulary_statistics", "window_hash", "zlib_score",
+    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "span_values", "splice", "splice_reference",
+    "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "window_hash", "zlib_score",
 ]  # fmt: skip
