@@ -49,6 +49,31 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 1,
+    hbm: Annotated[str, typer.Option(help="Memory of each device, such as 80GB, 80GiB or 16e9 [default: no limit].")] = "",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the step too, for as many fake CPU devices.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a run takes of each device, and whether it fits, before there is any; exit code 2 where it does not."""
+    from rmft_jax.config import load_config
+
+    settings = load_config(config, overrides or [])
+    from rmft_jax.devices import fake_devices
+    from rmft_jax.training.memory import parse_bytes
+    from rmft_jax.training.plan import describe, plan
+
+    limit = parse_bytes(hbm) if hbm else None
+    fake_devices(devices if compile else 1)
+    result = plan(settings, devices=devices, limit=limit, compile=compile)
+    print(json.dumps(result) if as_json else describe(result))
+    if result["error"]:
+        raise UserError(result["error"])
+
+
+@app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train one model on prepared data; prints the run's directory."""
     from rmft_jax.config import load_config
@@ -86,6 +111,24 @@ def audit(
             f"{path / 'audit.json'}: at the last checkpoint {last['true_leaked']} of {result['identities']:,} training "
             f"addresses leaked (TER {last['ter']:.2f}%, SER {last['ser']:.2f}%, TEGR {last['tegr']:.1f}%)"
         )
+
+
+@app.command()
+def track(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    as_json: Json = False,
+) -> None:
+    """Count which training tokens every saved checkpoint of RUN... has memorized: track.json and a table."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.memorization.tracker import track
+
+    use_cores()
+    results = track(runs)
+    if as_json:
+        print(json.dumps(results))
+        return
+    for run, result in zip(runs, results, strict=True):
+        _print_track(run, result)
 
 
 @app.command()
@@ -163,18 +206,21 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: masking, detect, dedup, audit.")],
+    name: Annotated[str, typer.Argument(help="What to measure: masking, tracker, train, scaling, detect, dedup, audit.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",
+    model: Annotated[str, typer.Option(help="A preset: the name of a file in configs/models, or a path.")] = "",
     as_json: Json = False,
 ) -> None:
     """Measure this machine, ours and the peer in turn in one run."""
     from rmft_jax.bench import run_bench
     from rmft_jax.config import load_config
     from rmft_jax.devices import use_cores
+    from rmft_jax.includes import find_model
 
-    settings = load_config(config, overrides or [])
+    preset = [f"include={find_model(model)}"] if model else []
+    settings = load_config(config, [*preset, *(overrides or [])])
     use_cores(settings)
     result = run_bench(name, settings, peer)
     if as_json:
@@ -245,6 +291,28 @@ def _print_table(results: dict) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(text_table(results))
+
+
+def _print_track(run: Path, result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = [name for name, counts in result["checkpoints"][-1]["slices"].items() if counts["targets"]]
+    table = Table(title=f"{run}: memorized, % of the training tokens", title_justify="left")
+    for column in ("step", *names, "runs", "mean", "longest", f"blocks of {result['examples']:,}"):
+        table.add_column(column, justify="right")
+    for entry in result["checkpoints"]:
+        runs = entry["runs"]
+        table.add_row(
+            f"{entry['step']:,}",
+            *(f"{100 * entry['slices'][name]['m']:.2f}" for name in names),
+            f"{runs['count']:,}",
+            "" if runs["mean"] is None else f"{runs['mean']:.2f}",
+            f"{runs['longest']:,}",
+            f"{entry['examples_memorized']:,}",
+        )
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
 
 
 def _print_claims(results: dict) -> None:

@@ -97,9 +97,9 @@ def _tokenizer(files: dict[str, bytes], settings: dict, source: Path) -> Tokeniz
 
 def _params(run: Path, model: ModelConfig, vocab_size: int) -> tuple[dict, int]:
     checkpoints, step = Checkpoints.open(run)
-    tree = {"params": jax.eval_shape(lambda: init_params(model, vocab_size, jax.random.key(0)))}
+    tree = jax.eval_shape(lambda: init_params(model, vocab_size, jax.random.key(0)))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract(tree, jax.tree.map(lambda _: host, tree))
-    params = checkpoints.restore(step, target, items=("params",))["params"]
+    params = checkpoints.restore_params(step, target)
     checkpoints.close()
     return params, step

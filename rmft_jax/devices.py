@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -78,6 +79,33 @@ def use_cores(config: Config | None = None) -> None:
     processes = int(os.environ.get("JAX_NUM_PROCESSES") or 1)
     count = devices_for(config, cores * processes) if config else cores
     jax.config.update("jax_num_cpu_devices", max(1, count // processes))
+
+
+def fake_devices(count: int) -> list[jax.Device]:
+    """Return so many CPU devices, which share whatever cores there are: enough to compile for a mesh.
+
+    It must be called before JAX touches a device, unless there are as many already. Raises UserError if there are not.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started
+            jax.config.update("jax_num_cpu_devices", count)
+            jax.config.update("jax_platforms", "cpu")
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise UserError(
+            f"there are {len(found)} CPU devices of the {count} needed: start a new process, without "
+            f"xla_force_host_platform_device_count in XLA_FLAGS"
+        )
+    return found[:count]
+
+
+def device_memory() -> int:
+    """Return the bytes that a device of this process may use; of CPUs, an equal share of the machine's memory."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return limit
 
 
 def devices_for(config: Config, cores: int) -> int:

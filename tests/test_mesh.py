@@ -25,6 +25,7 @@ MESHES = {
     "1": ["mesh.replica=1"],
     "fsdp 8": ["mesh.replica=1", "mesh.fsdp=8"],
     "fsdp 4 x tensor 2": ["mesh.replica=1", "mesh.fsdp=4", "mesh.tensor=2"],
+    "tensor 2": ["mesh.replica=1", "mesh.tensor=2"],
     "replica 2 x fsdp 2 x context 2": ["mesh.replica=2", "mesh.fsdp=2", "mesh.context=2"],
 }
 
@@ -50,7 +51,8 @@ def run(config, prepared, steps, devices):
 
 @pytest.fixture(scope="module")
 def runs(tiny, prepared):
-    return {name: run(tiny(*mesh), prepared, 20, 8 if name != "1" else 1) for name, mesh in MESHES.items()}
+    devices = {"1": 1, "tensor 2": 2}
+    return {name: run(tiny(*mesh), prepared, 20, devices.get(name, 8)) for name, mesh in MESHES.items()}
 
 
 @pytest.mark.parametrize("mesh", list(MESHES)[1:])

@@ -15,10 +15,13 @@ from rmft_jax.errors import UserError
 
 BENCHES = {
     "masking": "the train step with on-device masking against the step without",
+    "tracker": "the train step with memorization followed against the step without",
     "detect": "finding and tagging personal data, against presidio-analyzer",
+    "generate": "prefill and greedy decoding of a model, against transformers",
     "audit": "greedy decoding of the audit's prompts, against transformers",
     "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",
+    "scaling": "memory and traffic of the train step on meshes of fake devices, against the sharding rules",
 }
 
 

@@ -11,6 +11,7 @@ from rmft_jax.kernels.extraction_scores import (
     n_p_discoverable,
     queries_needed,
 )
+from rmft_jax.kernels.fused_attention import FUSED_ATTENTION, fused_attention, why_not_fused
 from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
 from rmft_jax.kernels.masking import (
     PII,
@@ -38,14 +39,17 @@ from rmft_jax.kernels.membership import (
     vocabulary_statistics,
     zlib_score,
 )
+from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized, memorized, run_lengths, slice_counts
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "SURROGATE", "Spans", "Spliced",
-    "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights", "causal_attention", "causal_mask",
-    "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates", "early_learning_penalty",
-    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "goldfish_mask", "is_real_value", "loss_score",
-    "mask_batch", "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "span_values", "splice", "splice_reference",
-    "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "window_hash", "zlib_score",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE",
+    "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights",
+    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates",
+    "early_learning_penalty", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
+    "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "loss_score", "mask_batch", "memorized",
+    "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
+    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
+    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
+    "window_hash", "zlib_score",
 ]  # fmt: skip

@@ -118,15 +118,15 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
     sizes = {name: len(rows.tokens) for name, rows in prompts.items()}
     say(f"audit {config.run_name}: {len(steps)} checkpoints, prompts " + ", ".join(f"{n} {k}" for n, k in sizes.items()))
     for step in track(steps, f"audit {config.run_name}", len(steps)):
-        state = checkpoints.restore(step, target, items=("params", "progress"))
-        seen = np.asarray(state["seen"]) & ~planted
+        params = checkpoints.restore_params(step, target["params"])
+        seen = np.asarray(checkpoints.restore(step, target, items=("progress",))["seen"]) & ~planted
         values, leaks = {}, {}
         for name, rows in prompts.items():
-            generated = _generate(decoder, state["params"], rows, config.audit.batch_size)
+            generated = _generate(decoder, params, rows, config.audit.batch_size)
             values[name] = _leaked_values(rows, generated, config, prepared.tokenizer)
             leaks[name] = _identify(values[name], prepared.identity_key, known, ignore, reveal)
         subject = Subject(
-            _model(config, prepared, state["params"]),
+            _model(config, prepared, params),
             samples,
             generated=values.get("discoverable", ()),
             answers=prompts["discoverable"].answers if "discoverable" in prompts else (),
@@ -151,7 +151,7 @@ def load_reference(config: Config, prepared: Prepared) -> Model | None:
             f"audit.reference {path} has another tokenizer than the data: prepare its data with tokenizer.path="
             f"{tokenizer_path(prepared.directory)}, and train it again"
         )
-    params = checkpoints.restore(step, _target(other, its_data), items=("params",))["params"]
+    params = checkpoints.restore_params(step, _target(other, its_data)["params"])
     checkpoints.close()
     return _model(other, its_data, params)
 

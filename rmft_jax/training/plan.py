@@ -1,0 +1,157 @@
+"""`rmft plan`: what a run takes and whether it fits, before there is any device."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from rmft_jax.config import Config
+from rmft_jax.data.prepare import load_prepared
+from rmft_jax.devices import fake_devices
+from rmft_jax.errors import UserError
+from rmft_jax.kernels import SurrogateBank
+from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.training.fitting import check_fit
+from rmft_jax.training.loop import load_blocks, make_plan
+from rmft_jax.training.memory import Inputs, Memory, abstract_batch, abstract_state, estimate, inputs_of, say_bytes
+from rmft_jax.training.mesh import abstract_mesh, check_mesh, make_mesh, mesh_sizes
+from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.step import compile_train_step
+
+SCHEMA = 1
+# Where no data say: slots of a row, values of the corpus, tables of the bank, how many of them are full, tokens of an entry.
+_COMPONENTS, _SPANS, _IDENTITIES, _TABLES, _FULL, _PIECES = 64, 16, 4096, 12, 4, 3
+
+
+def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile: bool = False) -> dict:
+    """Return what a run of `config` takes on so many devices of `limit` bytes each; no device is touched.
+
+    compile: also compile the step for that many fake CPU devices, for XLA's own figures (takes seconds to minutes).
+
+    Returns schema, devices, mesh, data (where vocabulary and length of the data come from), parameters, tokens_per_step,
+    flops_per_token, flops_per_step, steps, epochs (None where neither data nor training.steps say), memory (bytes of a
+    device: arguments and phases by name, peak, temp, total, certain), limit, fits (None without a limit), error (the line
+    that says what to change, None if it fits), and with `compile` compiled (bytes of a device by XLA: arguments, temp,
+    total, and ratio, our figure / XLA's, of each).
+    Raises UserError when the mesh does not fit the devices or something does not divide it.
+    """
+    inputs, run, data = _data(config)
+    mesh = abstract_mesh(config.mesh, devices)
+    check_mesh(config, mesh, inputs.vocab_size)
+    shapes, _ = abstract_state(config, inputs, mesh)
+    memory, training = estimate(config, inputs, mesh), config.training
+    tokens = training.batch_size * training.sequence_length
+    flops = flops_per_token(config.model, inputs.vocab_size, training.sequence_length)
+    error = None
+    if limit is not None:
+        try:
+            check_fit(config, inputs, mesh, memory, limit)
+        except UserError as refusal:
+            error = str(refusal)
+    return {
+        "schema": SCHEMA,
+        "devices": devices,
+        "mesh": dict(mesh.shape),
+        "data": data,
+        "parameters": count_params(shapes["params"]),
+        "tokens_per_step": tokens,
+        "flops_per_token": flops,
+        "flops_per_step": flops * tokens,
+        **run,
+        "memory": {
+            "arguments": memory.arguments,
+            "phases": memory.phases,
+            "peak": memory.peak,
+            "temp": memory.temp,
+            "total": memory.total,
+            "certain": memory.certain,
+        },
+        "limit": limit,
+        "fits": None if limit is None else error is None,
+        "error": error,
+        **({"compiled": _compiled(config, inputs, devices, memory)} if compile else {}),
+    }
+
+
+def compile_step(config: Config, inputs: Inputs, devices: list[jax.Device]) -> jax.stages.Compiled:
+    """Return the train step compiled for devices, from shapes alone: nothing is put on them."""
+    if config.privacy.epsilon:  # the noise that it takes changes no shape
+        config = dataclasses.replace(config, privacy=dataclasses.replace(config.privacy, epsilon=0.0, noise_multiplier=1.0))
+    mesh, steps = make_mesh(config.mesh, devices), config.training.steps_per_dispatch
+    check_mesh(config, mesh, inputs.vocab_size)
+    shapes, _ = abstract_state(config, inputs, mesh)
+    batch = abstract_batch(config, inputs)
+    if steps > 1:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch)
+    optimizer = make_optimizer(config.training, 1000)
+    return compile_train_step(config, optimizer, mesh, shapes, steps=steps).lower(shapes, batch, inputs.bank).compile()
+
+
+def assumed_inputs(config: Config) -> Inputs:
+    """Return shapes as prepared data have them, where there are none: the vocabulary is the config's."""
+    entries, types = _FULL * config.masking.surrogates, len(config.pii.names)
+    lengths = {"tokens": _PIECES * entries, "begins": entries, "lengths": entries, "values": entries, "real": _IDENTITIES}
+    lengths |= {"anchors": types, "placeholder": types}
+    fields = {name: jax.ShapeDtypeStruct((lengths.get(name, _TABLES),), jnp.int32) for name in SurrogateBank._fields}
+    fields |= {"empty": jax.ShapeDtypeStruct((), jnp.int32), "real": jax.ShapeDtypeStruct((_IDENTITIES,), jnp.uint32)}
+    return Inputs(config.tokenizer.vocab_size, _IDENTITIES, _COMPONENTS, _SPANS, SurrogateBank(**fields))
+
+
+def describe(result: dict) -> str:
+    """Return what `plan` has found as lines to read."""
+    memory, sizes = result["memory"], " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
+    steps = "not known without data" if result["steps"] is None else f"{result['steps']:,}"
+    epochs = "" if result["epochs"] is None else f", {result['epochs']:.2f} epochs"
+    lines = [
+        f"{result['parameters']:,} parameters on {result['devices']} device(s), mesh {sizes}; {result['data']}",
+        f"{result['tokens_per_step']:,} tokens and {result['flops_per_step']:.3g} FLOP a step "
+        f"({result['flops_per_token'] / 1e6:.1f} MFLOP a token); steps {steps}{epochs}",
+        f"memory of a device, about {say_bytes(memory['total'])}, at its most in the {memory['peak']} phase:",
+    ]
+    for name, size in (memory["arguments"] | memory["phases"][memory["peak"]]).items():
+        if size:
+            lines.append(f"  {name:24}{say_bytes(size):>10}{100 * size / memory['total']:6.1f}%")
+    if found := result.get("compiled"):
+        ours = memory | {"arguments": memory["total"] - memory["temp"]}
+        for name, ratio in found["ratio"].items():
+            lines.append(f"  {name}: {say_bytes(found[name])} by XLA for CPU, {say_bytes(ours[name])} here, {ratio:.3f}")
+        lines.append("  (XLA lays buffers out otherwise for other devices; for CPU it computes bfloat16 in float32)")
+    if result["fits"]:
+        lines.append(f"fits: {say_bytes(memory['total'])} of {say_bytes(result['limit'])}")
+    return "\n".join(lines)
+
+
+def _data(config: Config) -> tuple[Inputs, dict, str]:
+    """Return the shapes of the inputs, steps and epochs, and where they come from."""
+    steps = {"steps": config.training.steps or None, "epochs": None}
+    if not (config.data_dir / "manifest.json").exists():
+        return assumed_inputs(config), steps, f"no data prepared in {config.data_dir}, shapes assumed"
+    try:
+        prepared = load_prepared(config)
+    except UserError as error:
+        return assumed_inputs(config), steps, f"data in {config.data_dir} are of another config, shapes assumed ({error})"
+    blocks, _ = load_blocks(config, prepared)
+    run = make_plan(config, len(blocks))
+    known = {"steps": run.steps, "epochs": run.steps / run.steps_per_epoch}
+    return inputs_of(prepared, blocks), known, f"{len(blocks):,} blocks in {config.data_dir}"
+
+
+def _compiled(config: Config, inputs: Inputs, devices: int, memory: Memory) -> dict:
+    """Return XLA's own bytes of a device, and the plan's in relation to them.
+
+    Arguments are with those arrays that the step does not read: XLA leaves them out, but `train` keeps them on the device.
+    """
+    compiled = compile_step(config, inputs, fake_devices(devices))
+    found, (_, batch, bank) = compiled.memory_analysis(), compiled.input_shardings[0]
+    sizes = mesh_sizes(config.mesh, devices)
+    share = sizes["replica"] * sizes["fsdp"] / config.training.steps_per_dispatch
+    rows = zip(abstract_batch(config, inputs), batch, strict=True)
+    unread = sum(round(x.size * x.dtype.itemsize / share) for x, used in rows if not used)
+    unread += sum(x.size * x.dtype.itemsize for x, used in zip(inputs.bank, bank, strict=True) if not used)
+    arguments = found.argument_size_in_bytes + unread
+    temp = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    theirs = {"arguments": arguments, "temp": temp, "total": arguments + temp}
+    ours = {"arguments": memory.total - memory.temp, "temp": memory.temp, "total": memory.total}
+    return theirs | {"ratio": {name: ours[name] / theirs[name] for name in theirs}}
