@@ -250,7 +250,7 @@ def convert_import(
     print(
         f"{out}: {found['family']}, {found['parameters']:,} parameters, vocabulary of {found['vocab_size']:,}, "
         f"tokenizer {found['tokenizer'] or 'none: set tokenizer.path yourself'}{ends}\n"
-        f"start from it: copy the sections of {out / 'config.yaml'} into your config, or use it as one: "
+        f"start from it: write `include: {(out / 'config.yaml').absolute()}` in your config, or use it as one: "
         f"rmft prepare {out / 'config.yaml'} source.format=jsonl source.path=mail.jsonl out=runs/mine"
     )
 
