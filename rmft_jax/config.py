@@ -46,7 +46,9 @@ class SourceConfig:
 class TokenizerConfig:
     """A SentencePiece model trained on the corpus, its PII left out. vocab_size counts the 256 byte pieces.
 
-    path: a model to take instead, such as that of other prepared data (their tokenizer.model).
+    path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
+    data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
+    config.json of a model stands beside tokenizer.json, its vocab_size counts.
     """
 
     vocab_size: int = 2048
@@ -284,6 +286,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA (Hu et al. 2021): only adapters of matrices are trained, the model itself (training.init_from) stays.
+
+    rank: 0 = off, all parameters are trained. alpha: what an adapter adds is multiplied by alpha / rank.
+    targets: matrices that get one. qkv | out (of the attention) | up (with the gate, if there is one) | down (of the MLP).
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("qkv", "out", "up", "down")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data.
 
@@ -300,6 +315,7 @@ class TrainingConfig:
     schedule: linear | cosine | wsd (warm-up, stable, linear decay over the last `decay_share` of the steps; Hu et al. 2024).
     skip_above: leave out a step whose loss is over so many times the running average of the losses; 0 = only steps whose
     loss or gradient is not finite.
+    attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     """
@@ -327,9 +343,27 @@ class TrainingConfig:
     loss_chunk: int = 0
     z_loss: float = 0.0
     remat: str = "none"
+    attention: str = "auto"
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    """What is memorized while training (docs/tracker.md): memorization.jsonl, a record every training.log_every steps.
+
+    examples: follow each block of an epoch too, 12 bytes each.
+    lengths: places of the histogram of run lengths, the last one for all from there on; 0 = one for each that there can be.
+    tags: a .npy file of integers, one for each token of the training documents in the order of the corpus, duplicates
+    included: 0 = none, n = the n-th of tag_names. Each name is a slice.
+    """
+
+    enabled: bool = False
+    examples: bool = True
+    lengths: int = 0
+    tags: str = ""
+    tag_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -437,7 +471,9 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -504,6 +540,7 @@ _CHOICES = {
     "training.schedule": ("linear", "cosine", "wsd"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
+    "training.attention": ("auto", "xla", "triton", "splash"),
 }
 _RANGES = {  # inclusive
     "seed": (0, 2**31 - 1),
@@ -544,6 +581,8 @@ _RANGES = {  # inclusive
     "model.attention_scale": (0.0, None),
     "model.local_window": (0, None),
     "model.local_every": (1, None),
+    "lora.rank": (0, None),
+    "lora.alpha": (1e-6, 1e6),
     "training.batch_size": (1, None),
     "training.accumulation": (1, None),
     "training.loss_chunk": (0, None),
@@ -565,6 +604,7 @@ _RANGES = {  # inclusive
     "training.steps_per_dispatch": (1, 10_000),
     "training.profile_at": (0, None),
     "training.log_every": (1, None),
+    "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
     "checkpoint.keep_last": (1, None),
@@ -590,6 +630,7 @@ _RULE_CHOICES = {
 _RULE_RANGES = {"p": (0.0, 1.0), "k": (0, None), "shared_by": (1, None)}
 _MEMBERS = {
     "pii.types": PII_TYPES,
+    "lora.targets": ("qkv", "out", "up", "down"),
     "audit.sets": ("heldout", "web", "general", "discoverable"),
     "audit.metrics": AuditConfig.metrics,
     "study.budgets": ("epochs", "updates"),
@@ -629,6 +670,11 @@ def _rules(config: Config) -> typing.Iterator[str]:
             if length > model.max_positions:
                 yield (f"{key} is {length}, more than the model.max_positions {model.max_positions} that learned positions "
                        f"have: change one of them")  # fmt: skip
+    least = min(model.width, model.mlp, model.heads * model.head_dim)
+    if config.lora.rank >= least:
+        yield f"lora.rank is {config.lora.rank}, not below the {least} rows of the smallest matrix: lower it, or set 0"
+    if len(set(config.lora.targets)) < len(config.lora.targets):
+        yield f"lora.targets is {list(config.lora.targets)}: name each matrix once"
     if training.sequence_length - config.masking.margin < 2:
         yield (f"masking.margin {config.masking.margin} leaves no room in training.sequence_length "
                f"{training.sequence_length}: lower the margin")  # fmt: skip
@@ -654,6 +700,13 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if privacy.on and training.accumulation > 1:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
+    tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
+    if privacy.on and tracker.enabled:
+        yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"
+    if bool(tracker.tags) != bool(tracker.tag_names):
+        yield "tracker.tags and tracker.tag_names go together: set both or neither"
+    if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
+        yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
     if config.source.format != "synthetic" and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
     yield from _pii_rules(config)

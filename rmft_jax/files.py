@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,11 @@ from rmft_jax.errors import UserError
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write a file atomically. private: readable by its owner only."""
+    write_chunks(path, [data], private=private)
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: bool = False) -> None:
+    """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -22,7 +31,8 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another out=") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for chunk in chunks:
+                file.write(chunk)
         if not private:
             umask = os.umask(0)
             os.umask(umask)
@@ -31,6 +41,22 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a path to make a folder at, which becomes `path` when all went well and is gone when it did not.
+
+    Raises UserError when `path` exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already: name another folder, or delete it")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

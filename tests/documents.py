@@ -13,7 +13,7 @@ from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.kernels import mask_batch
 from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.bank import build_bank
-from rmft_jax.pii.detector import Detector
+from rmft_jax.pii.detector import Detector, detect
 from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.masking import masking_key, masking_rules
 
@@ -53,6 +53,25 @@ def tagged(texts: list[str], tokenizer, detector: Detector | None = None):
     for number, record in enumerate(records):
         record |= {"document": number, "duplicate": np.zeros(len(record["tokens"]), np.uint8)}
     return spans, numbering, records
+
+
+def check_round_trip(texts, tokenizer):
+    """Tokens decode to the text, spans to the detected values, ranks to a naive count."""
+    spans, numbering, records = tagged(texts, tokenizer)
+    counts: dict[str, int] = {}
+    ids = []
+    for text, found, numbers, record in zip(texts, spans, numbering, records, strict=True):
+        assert tokenizer.decode(record["tokens"]) == text
+        component = record["component"].astype(int)
+        for number, span in enumerate(found):
+            mine = (component > 0) & (np.append(record["component_span"], -1)[component - 1] == number)
+            assert tokenizer.decode(record["tokens"][mine]).lower() == span.value
+            assert numbers["span_rank"][number] == counts.get(span.value, 0)
+            counts[span.value] = counts.get(span.value, 0) + 1
+        outside = [tokenizer.decode(run) for run in np.split(record["tokens"], np.flatnonzero(component > 0)) if len(run)]
+        assert not any(detect(part) for part in outside if "@" not in part)
+        ids += numbers["span_id"]
+    assert ids == list(range(len(ids)))
 
 
 def bank_of(texts: list[str], spans, tokenizer, detector: Detector | None = None):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rmft_jax.config import load_config
+from rmft_jax.kernels import FUSED_ATTENTION
 from rmft_jax.models import gpt
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0]], np.int32)
@@ -19,16 +20,35 @@ MODELS = {
 }
 
 
-def derivative(config, segments, monkeypatch, **more):
-    """Return |d features of position t / d embedding of position s|, summed over features, [T, T]."""
+ROWS = np.array([0, 69, 70, 144, 145, 200, 235])  # of the long row of the fused kernels: borders of documents, and within
+
+
+def derivative(config, segments, monkeypatch, rows=None, **more):
+    """Return |d features of position t / d embedding of position s|, summed over features, [T, T].
+
+    rows: positions t to look at alone, and of their features one weighted sum.
+    """
     params = gpt.init_params(config, 50, jax.random.key(0))
     inputs = gpt._embed(params, config, jnp.asarray(np.arange(segments.size)[None] % 50), jnp.zeros_like(segments))
     monkeypatch.setattr(gpt, "_embed", lambda params, *_: params["inputs"])
 
     def features(inputs):
-        return gpt.hidden(params | {"inputs": inputs}, config, jnp.zeros_like(segments), jnp.asarray(segments), **more)[0]
+        out = gpt.hidden(params | {"inputs": inputs}, config, jnp.zeros_like(segments), jnp.asarray(segments), **more)[0]
+        return out if rows is None else (out[rows] @ jax.random.normal(jax.random.key(1), (config.width,)))[:, None]
 
     return np.abs(jax.jit(jax.jacrev(features))(inputs)).sum((1, 2, 4))
+
+
+@pytest.mark.parametrize("fused", FUSED_ATTENTION)
+def test_what_a_position_learns_from_by_fused_kernels(fused, monkeypatch):
+    """Through the whole model: 256 positions, of which a few are looked at."""
+    config = load_config(None, ["model.layers=2", "model.width=128", "model.heads=2", "model.kv_heads=1"]).model
+    segments = np.repeat([1, 2, 3, 0], [70, 75, 91, 20])[None].astype(np.int32)
+    influence = derivative(config, segments, monkeypatch, fused=fused, interpret=True, rows=ROWS)
+    document, at = segments[0], np.arange(256)
+    for row, t in zip(influence, ROWS, strict=True):
+        may = (at <= t) & (document == document[t])
+        assert (row[~may] == 0).all() and (row[may] > 0).all()
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -9,7 +9,6 @@ from scipy import stats
 
 from rmft_jax.config import MeshConfig, PiiConfig
 from rmft_jax.data.blocks import as_batch
-from rmft_jax.data.tokenizer import BOS, EOS
 from rmft_jax.kernels import (
     PII,
     SURROGATE,
@@ -115,7 +114,7 @@ def test_device_tokens_equal_the_text_reference_on_a_thousand_documents(prepared
         parts = mask_text(text, found, numbers["span_rank"], detector, lambda s, n, ids=ids: draws[ids[s], 0][0], word)
         changed += "".join(parts) != text
         deltas.add(np.sign(len("".join(parts)) - len(text)))
-        expected += [BOS, *(token for part in tokenizer.encode(parts) for token in part), EOS]
+        expected += [tokenizer.bos_id, *(token for part in tokenizer.encode(parts) for token in part), tokenizer.eos_id]
     assert joined == expected
     assert changed > 500 and deltas == {-1, 0, 1}
 
@@ -205,7 +204,7 @@ def test_no_replaced_occurrence_survives(prepared, corpus):
     masked = mask(rows, prepared.bank, length=8000)
     values = []
     for row in masked.tokens:
-        for document in np.split(row, np.flatnonzero(row == EOS)):
+        for document in np.split(row, np.flatnonzero(row == prepared.tokenizer.eos_id)):
             values += [span.value for span in detect(prepared.tokenizer.decode(document))]
     true = {span.value for text in corpus[0] for span in detect(text)}
     cut_by_a_border = sum(int((row["span_end"][1:] < 0).sum()) for row in rows)

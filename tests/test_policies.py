@@ -1,6 +1,7 @@
 """Policies, anchors, scopes and replacements: what each promises, read off the decoded text."""
 
 import collections
+import re
 
 import numpy as np
 import pytest
@@ -197,6 +198,17 @@ def test_stocks_have_the_distribution_of_the_corpus(prepared):
         found[stock] = collections.Counter(rows)
     assert found["recombined"] == {"ann": 30, "bob": 10, "cid": 1, "dee": 1}
     assert [found["look_alike"][name] for name in ("ann", "bob", "cid", "dee")] == [30, 10, 0, 0]
+
+
+def test_digits_of_what_one_value_alone_has_are_drawn_anew(prepared):
+    own = [f"jo{n}" for n in range(100, 150)]
+    texts = [f"{name}@alder.example.com" for name in (*own, "team42", "kim")] + ["team42@birch.example.org"]
+    bank = bank_of(texts, tagged(texts, prepared.tokenizer)[0], prepared.tokenizer)
+    kind = bank.recombined[Detector(PiiConfig()).kinds.number(0, "local")]
+    rows = [prepared.tokenizer.decode(bank.entry(kind, row)) for row in range(bank.counts[kind])]
+    drawn = [row for row in rows if row not in ("team42", "kim")]
+    assert sorted(set(rows) - set(drawn)) == ["kim", "team42"] and rows.count("team42") == 2
+    assert len(drawn) == 50 and all(re.fullmatch(r"jo\d{3}", row) for row in drawn) and not set(drawn) & set(own)
 
 
 def test_redaction_writes_one_placeholder_for_each_value(prepared):

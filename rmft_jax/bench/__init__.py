@@ -15,6 +15,7 @@ from rmft_jax.errors import UserError
 
 BENCHES = {
     "masking": "the train step with on-device masking against the step without",
+    "tracker": "the train step with memorization followed against the step without",
     "detect": "finding and tagging personal data, against presidio-analyzer",
     "audit": "greedy decoding of the audit's prompts, against transformers",
     "train": "the whole train step, against transformers and PyTorch",

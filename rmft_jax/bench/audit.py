@@ -18,7 +18,6 @@ import numpy as np
 from rmft_jax.bench import environment
 from rmft_jax.config import Config
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
-from rmft_jax.data.tokenizer import BOS, EOS
 from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
@@ -54,8 +53,9 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
         size = config.audit.batch_size
         prompts = {name: Prompts(s.tokens[:size], s.valid[:size]) for name, s in build_prompts(config, prepared).items()}
         params = _params(config, prepared)
-        export_model(params, config.model, Path(folder), bos_id=BOS, eos_id=EOS)
-        decoders = _ours(config, params), _transformers(config, Path(folder))
+        bos, end = prepared.tokenizer.bos_id, prepared.tokenizer.eos_id
+        export_model(params, config.model, Path(folder), bos_id=bos, eos_id=end)
+        decoders = _ours(config, params, end), _transformers(config, Path(folder), end)
     counts = {name: len(rows.tokens) * config.audit.new_tokens for name, rows in prompts.items()}
     seconds, outputs = [], {}
     for number in track(range(runs + _WARM_UP), "bench audit", runs + _WARM_UP):
@@ -103,15 +103,15 @@ def _params(config: Config, prepared: Prepared) -> dict:
     if not config.training.init_from:
         return jax.device_put(make(), everywhere())
     checkpoints, step = Checkpoints.open(Path(config.training.init_from))
-    tree = {"params": jax.eval_shape(make)}
+    tree = jax.eval_shape(make)
     target = abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
-    params = checkpoints.restore(step, target, items=("params",))["params"]
+    params = checkpoints.restore_params(step, target)
     checkpoints.close()
     return params
 
 
-def _ours(config: Config, params: dict) -> Callable[[Prompts], np.ndarray]:
-    decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=jnp.float32)
+def _ours(config: Config, params: dict, end: int) -> Callable[[Prompts], np.ndarray]:
+    decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=end, dtype=jnp.float32)
 
     def generate(rows: Prompts) -> np.ndarray:
         index = np.minimum(np.arange(rows_for(len(rows.tokens))), len(rows.tokens) - 1)
@@ -120,7 +120,7 @@ def _ours(config: Config, params: dict) -> Callable[[Prompts], np.ndarray]:
     return generate
 
 
-def _transformers(config: Config, folder: Path) -> Callable[[Prompts], np.ndarray]:
+def _transformers(config: Config, folder: Path, end: int) -> Callable[[Prompts], np.ndarray]:
     """Load the model and return a decoder from prompts to int32 [B, new_tokens], filled up with the end token."""
     try:
         torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
@@ -136,10 +136,10 @@ def _transformers(config: Config, folder: Path) -> Callable[[Prompts], np.ndarra
         tokens, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in rows[:2])
         with torch.inference_mode():
             out = model.generate(
-                tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, eos_token_id=EOS,
-                pad_token_id=EOS,
+                tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, eos_token_id=end,
+                pad_token_id=end,
             )  # fmt: skip
         written = out[:, tokens.shape[1] :].numpy()
-        return np.pad(written, ((0, 0), (0, new - written.shape[1])), constant_values=EOS).astype(np.int32)
+        return np.pad(written, ((0, 0), (0, new - written.shape[1])), constant_values=end).astype(np.int32)
 
     return generate

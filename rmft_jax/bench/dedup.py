@@ -12,8 +12,8 @@ import numpy as np
 from rmft_jax.bench import environment
 from rmft_jax.config import Config
 from rmft_jax.data.dedup import near_duplicates, repeated_substrings
+from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.sources import read_documents
-from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.progress import track
 
@@ -39,7 +39,7 @@ def run(config: Config, peer: str = "", *, rounds: int = 3) -> dict:
         raise UserError(f"bench dedup knows no peer {peer!r}: leave it out, or name paper")
     _need("datasketch", "pydivsufsort")
     texts = read_documents(config.source).train
-    tokenizer = Tokenizer.train(texts, config.tokenizer)
+    tokenizer = SentencePieceTokenizer.train(texts, config.tokenizer)
     ids = [np.array(tokens, np.int32) for tokens in tokenizer.encode(texts)]
     sizes = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
     least = max(2, round(_BYTES * sum(map(len, ids)) / sizes.sum()))

@@ -26,6 +26,7 @@ from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token, init_params
 from rmft_jax.models.huggingface import export_model
 from rmft_jax.progress import say, track
+from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
@@ -57,6 +58,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
     prepared, blocks = _data(config)
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, config.tokenizer.vocab_size)
+    config = choose_attention(config, mesh)
     source = itertools.chain.from_iterable(
         batches(blocks, batch_size=config.training.batch_size, seed=config.seed) for _ in itertools.count()
     )
@@ -86,9 +88,10 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
         "shape": {
             "batch_size": config.training.batch_size,
             "sequence_length": config.training.sequence_length,
-            **{name: getattr(config.model, name) for name in ("layers", "width", "heads", "positions", "norm", "activation")},
+            **{name: getattr(config.model, name) for name in ("layers", "width", "heads", "positions", "activation")},
             "vocab_size": config.tokenizer.vocab_size,
             "dtype": config.training.dtype,
+            "attention": config.training.attention,
             "masking": config.masking.policy,
             "mesh": dict(mesh.shape),
         },

@@ -24,24 +24,31 @@ class Corpus:
         drop_near: bool = False,
         drop_exact: bool = False,
         scope: str = "occurrence",
+        tags: np.ndarray | None = None,
     ):
         """drop_near, drop_exact: leave out tokens flagged as near-duplicate documents or repeated substrings.
 
         scope: what counts as one showing of a value. occurrence: each of its spans. document: all its spans in a document;
         they share an id (and so a surrogate), and ranks and counts are those of documents. corpus: all spans share one id.
+
+        tags: int [tokens of all records], the `tag` of each token as in a TaggedBatch; all 0 unless said.
         """
         names = ("tokens", "document", "component", "component_kind", "component_span", "component_index", "component_value")
         parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
         spans: dict[str, list[np.ndarray]] = {name: [] for name in ("type", "identity", "rank", "id")}
         lost: list[np.ndarray] = []
         span_documents: list[np.ndarray] = []
-        component_count = span_count = 0
+        component_count = span_count = token_count = 0
+        tagged: list[np.ndarray] = []
         for record in records:
             flags = record["duplicate"]
             keep = ~((drop_near & (flags == 1)) | (drop_exact & (flags == 2)))
             component = record["component"].astype(np.int64)
+            own = slice(token_count, token_count + len(keep))
+            token_count = own.stop
             if not keep.any():
                 continue
+            tagged.append(np.zeros(keep.sum(), np.int32) if tags is None else tags[own][keep].astype(np.int32))
             parts["tokens"].append(record["tokens"][keep])
             parts["document"].append(np.full(keep.sum(), record["document"], np.int64))
             parts["component"].append(np.where(component > 0, component + component_count, 0)[keep])
@@ -65,6 +72,7 @@ class Corpus:
         flat = {name: np.concatenate(arrays) for name, arrays in parts.items()}
         self.tokens = flat["tokens"].astype(np.int32)
         self.document = flat["document"]
+        self.tag = np.concatenate(tagged)
         self.component = flat["component"]
         self.component_kind = np.concatenate([slot0, flat["component_kind"]])
         self.component_span = np.concatenate([slot0, flat["component_span"]])
@@ -145,6 +153,8 @@ class Blocks:
             "span_id": span["id"],
             "span_end": fill(np.where(whole, span_last - begin, -1), self.max_spans),
             "epoch": np.zeros((), np.int32),
+            "example": np.int32(index),
+            "tag": fill(corpus.tag[begin:end], self.width, slot0=False),
         }
         row["component_begin"][0] = -1
         row["span_end"][0] = -1

@@ -6,19 +6,20 @@ import dataclasses
 import hashlib
 import math
 import secrets
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from rmft_jax.config import Config, to_dict
 from rmft_jax.data.canaries import SPACE_BITS, identities_of, insert, make_canaries
+from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tagged_corpus import write_corpus
 from rmft_jax.data.tagging import FIELDS, Identities, tag
-from rmft_jax.data.tokenizer import Tokenizer
+from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rmft_jax.errors import UserError
-from rmft_jax.files import read_arrays, read_json, write_arrays, write_bytes, write_json
+from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
@@ -70,13 +71,8 @@ def prepare(config: Config) -> dict:
             )
         say(f"{directory}: already prepared")
         return manifest
-    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
-    try:
-        manifest = _prepare_into(partial, config)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
+    with whole_folder(directory) as partial:
+        return _prepare_into(partial, config)
 
 
 def load_prepared(config: Config) -> Prepared:
@@ -91,13 +87,19 @@ def load_prepared(config: Config) -> Prepared:
     return Prepared(
         directory=directory,
         manifest=manifest,
-        tokenizer=Tokenizer.load(directory / "tokenizer.model"),
+        tokenizer=load_tokenizer(tokenizer_path(directory)),
         bank=SurrogateBank(**read_arrays(directory / "bank.npz", "surrogate bank", mend)),
         identity_hashes=tuple(identities["hashes"].tolist()),
         identity_counts=identities["counts"],
         identity_key=bytes.fromhex((directory / "identity.key").read_text()),
         canary_identities=identities.get("canaries", np.zeros(0, np.int64)),
     )
+
+
+def tokenizer_path(directory: Path) -> Path:
+    """Return where prepared data keep their tokenizer."""
+    path = directory / HuggingFaceTokenizer.file
+    return path if path.exists() else directory / SentencePieceTokenizer.file
 
 
 def _prepare_into(directory: Path, config: Config) -> dict:
@@ -116,10 +118,10 @@ def _prepare_into(directory: Path, config: Config) -> dict:
 
     pairs = list(zip(documents.train, train_spans, strict=True))
     if config.tokenizer.path:
-        tokenizer = Tokenizer.load(Path(config.tokenizer.path))
+        tokenizer = load_tokenizer(Path(config.tokenizer.path))
     else:
         say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
-        tokenizer = Tokenizer.train(_text_outside_pii(pairs), config.tokenizer)
+        tokenizer = SentencePieceTokenizer.train(_text_outside_pii(pairs), config.tokenizer)
     train = list(tag(track(pairs, "prepare: tagging", len(pairs)), numbering, tokenizer, detector))
     heldout_numbers = [identities.look_up(spans) for spans in heldout_spans]
     heldout = list(tag(zip(documents.heldout, heldout_spans, strict=True), heldout_numbers, tokenizer, detector))
@@ -137,7 +139,7 @@ def _prepare_into(directory: Path, config: Config) -> dict:
     except OSError as error:
         raise UserError(f"{directory.parent} cannot be written ({error.strerror}): choose another out=") from None
     write_corpus(directory, {"train": lambda: train, "heldout": lambda: heldout})
-    tokenizer.save(directory / "tokenizer.model")
+    tokenizer.save(directory)
     write_arrays(directory / "bank.npz", bank._asdict())
     key = secrets.token_bytes(32)
     write_bytes(directory / "identity.key", key.hex().encode(), private=True)

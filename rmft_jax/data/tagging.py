@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rmft_jax.data.tokenizer import BOS, EOS, Tokenizer
+from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.spans import Span
 
@@ -65,7 +65,8 @@ def tag(
     tokenizer: Tokenizer,
     detector: Detector,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the FIELDS of each document. Component borders are token borders; the text stands between BOS and EOS.
+    """Yield the FIELDS of each document. Component borders are token borders; the text stands between the
+    tokenizer's bos_id and eos_id.
 
     detector: what has found the spans, and numbers the kinds of their components.
     """
@@ -94,7 +95,7 @@ def tag(
         ids = tokenizer.encode(parts)
         lengths = [1] + [len(part) for part in ids] + [1]
         record = {
-            "tokens": [BOS, *(id for part in ids for id in part), EOS],
+            "tokens": [tokenizer.bos_id, *(id for part in ids for id in part), tokenizer.eos_id],
             "component": np.repeat([0, *owner, 0], lengths),
             "component_kind": kinds,
             "component_span": span_of,

@@ -1,95 +1,85 @@
-"""SentencePiece, trained so that no piece holds PII, and encoding that respects given borders."""
+"""Text to token ids and back without loss: what both kinds of tokenizers have in common."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-import sentencepiece
-
-from rmft_jax.config import TokenizerConfig
+from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.errors import UserError
-from rmft_jax.files import write_bytes
 
-UNKNOWN, BOS, EOS = 0, 1, 2
+# What a tokenizer must give back: parts of documents, each encoded on its own.
+_PROBE = (
+    "From:  Jane", " ", "jane", ".", "doe", "@", "mail", ".", "COM", "\r\n\r\n\tThere's ", "1,234.50",
+    " for  'the' <s> x</s>", " <|endoftext|> naïve café", " e\u0301 \u212b ﬁ ½ ① ² \uff21",
+    " 中文，日本語 \U0001f642 \u00a0\u200b", "--- ", "\n", "  \n end  ",
+)  # fmt: skip
 
 
-class Tokenizer:
-    """Text to ids and back, without loss: no normalisation, no dummy prefix, unknown characters as bytes."""
+class Tokenizer(Protocol):
+    """Ids of a text and the text of ids, exactly.
 
-    def __init__(self, model: bytes):
-        """model: a serialised SentencePiece model. Raises UserError when it is not one."""
-        self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise UserError("the tokenizer file is not a SentencePiece model: run `rmft prepare` again") from None
+    file: where prepared data keep it, relative to their folder. model: the serialised tokenizer.
+    vocab_size: number of ids, that of the rows of an embedding.
+    bos_id, eos_id: stand before and after every document, and may be the same.
+    """
 
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Read a model file."""
-        try:
-            return cls(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): run `rmft prepare` first") from None
-
-    @classmethod
-    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
-        """Train on pieces of text from which PII has been cut out, so that no piece of the vocabulary can hold any."""
-        model = io.BytesIO()
-        lines = (line for text in texts for line in text.split("\n") if line)
-        try:
-            sentencepiece.SentencePieceTrainer.Train(
-                sentence_iterator=lines,
-                model_writer=model,
-                vocab_size=config.vocab_size,
-                model_type=config.model_type,
-                byte_fallback=True,
-                split_digits=True,
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                allow_whitespace_only_pieces=True,
-                max_sentence_length=1 << 20,
-                num_threads=1,  # the result depends on the number of threads for some model types
-                unk_id=UNKNOWN,
-                bos_id=BOS,
-                eos_id=EOS,
-                pad_id=-1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            if "vocab" in str(error).lower():
-                raise UserError(
-                    f"tokenizer.vocab_size {config.vocab_size} is more than this corpus can fill: lower it"
-                ) from None
-            raise
-        return cls(model.getvalue())
-
-    def save(self, path: Path) -> None:
-        """Write the model file."""
-        write_bytes(path, self.model)
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of ids."""
-        return self._processor.GetPieceSize()
+    file: str
+    model: bytes
+    vocab_size: int
+    bos_id: int
+    eos_id: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each string on its own, exactly as it stands: no token crosses from one into the next."""
-        return self._processor.Encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; special ones are left out, broken UTF-8 becomes U+FFFD."""
-        return self._processor.Decode([int(id) for id in ids])
 
     def byte_lengths(self) -> list[int]:
         """Return how many UTF-8 bytes each id stands for (0 for special ones)."""
-        piece = self._processor.IdToPiece
-        is_byte, special = self._processor.IsByte, {UNKNOWN, BOS, EOS}
-        return [
-            0 if id in special else 1 if is_byte(id) else len(piece(id).replace("\u2581", " ").encode())
-            for id in range(self.vocab_size)
-        ]
+
+    def save(self, folder: Path) -> None:
+        """Write what `load_tokenizer(folder / file)` needs."""
+
+    def transformers_files(self) -> dict[str, bytes]:
+        """Return the files, by name, that `transformers.AutoTokenizer.from_pretrained` reads from a folder."""
+
+    def pieces_apart(self) -> list[str]:
+        """Return the strings that are found before others are looked for, between spaces."""
+
+    def changes_by(self, text: str) -> str:
+        """Say which part of the tokenizer changes `text`."""
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a SentencePiece model or, where the name ends in .json, a tokenizer.json of Hugging Face.
+
+    path: the file, or a folder with tokenizer.json or tokenizer.model. Raises UserError when it cannot be read, or when it
+    does not give back the text that it was given.
+    """
+    if path.is_dir():
+        path = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), path)
+    kind = HuggingFaceTokenizer if path.suffix == ".json" else SentencePieceTokenizer
+    return lossless(kind.load(path), str(path))
+
+
+def lossless(tokenizer: Tokenizer, where: str) -> Tokenizer:
+    """Return the tokenizer if it gives back the text that it was given, in parts. Raises UserError naming `where` if not."""
+    parts = [*_PROBE, *tokenizer.pieces_apart()]
+    text = tokenizer.decode([id for part in tokenizer.encode(parts) for id in part])
+    if text != "".join(parts):
+        before, after = _first_difference("".join(parts), text)
+        raise UserError(
+            f"tokenizer {where} does not keep text as it is: {before!r} comes back as {after!r}, through "
+            f"{tokenizer.changes_by(''.join(parts))}: take one without loss, such as byte-level BPE"
+        )
+    return tokenizer
+
+
+def _first_difference(one: str, other: str) -> tuple[str, str]:
+    """Return the surroundings of the first place at which two strings differ, in both."""
+    same = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[max(0, same - 4) : same + 4], other[max(0, same - 4) : same + 4]

@@ -36,6 +36,23 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: 
     return jnp.einsum("bgts,bgsd->bgtd", weights.reshape(*grouped, k.shape[2]), v).reshape(q.shape)
 
 
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float = 0.0, blocks: int = 4
+) -> jax.Array:
+    """`attention` of T queries and T keys under a causal mask, without most of what no query may see.
+
+    The queries are cut into `blocks` of equal length, if T can be, and each is computed with the keys up to its end alone:
+    of the pairs, (blocks + 1) / (2 blocks) are.
+    """
+    length = q.shape[2]
+    if length % blocks:
+        return attention(q, k, v, mask, scale)
+    size = length // blocks
+    ends = range(size, length + 1, size)
+    parts = [attention(q[:, :, e - size : e], k[:, :, :e], v[:, :, :e], mask[:, e - size : e, :e], scale) for e in ends]
+    return jnp.concatenate(parts, axis=2)
+
+
 def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
     """Return bool [B, T, T]: position t sees s <= t of its own document.
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from rmft_jax.config import Config, load_config
-from rmft_jax.data.prepare import Prepared, load_prepared
-from rmft_jax.data.tokenizer import EOS, Tokenizer
+from rmft_jax.data.prepare import Prepared, load_prepared, tokenizer_path
+from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
@@ -108,9 +108,8 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
     if missing:
         raise UserError(f"{run} has no checkpoint of step {missing[0]}: train it again under another name=")
     target = _target(config, prepared)
-    decoder = make_greedy_decoder(
-        config.model, new_tokens=config.audit.new_tokens, end_id=EOS, dtype=DTYPES[config.training.dtype]
-    )
+    end, dtype = prepared.tokenizer.eos_id, DTYPES[config.training.dtype]
+    decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=end, dtype=dtype)
     planted = prepared.is_canary
     known = {digest: number for number, digest in enumerate(prepared.identity_hashes) if not planted[number]}
     ignore = {prepared.identity_hashes[number] for number in np.flatnonzero(planted)}
@@ -119,15 +118,15 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
     sizes = {name: len(rows.tokens) for name, rows in prompts.items()}
     say(f"audit {config.run_name}: {len(steps)} checkpoints, prompts " + ", ".join(f"{n} {k}" for n, k in sizes.items()))
     for step in track(steps, f"audit {config.run_name}", len(steps)):
-        state = checkpoints.restore(step, target, items=("params", "progress"))
-        seen = np.asarray(state["seen"]) & ~planted
+        params = checkpoints.restore_params(step, target["params"])
+        seen = np.asarray(checkpoints.restore(step, target, items=("progress",))["seen"]) & ~planted
         values, leaks = {}, {}
         for name, rows in prompts.items():
-            generated = _generate(decoder, state["params"], rows, config.audit.batch_size)
+            generated = _generate(decoder, params, rows, config.audit.batch_size)
             values[name] = _leaked_values(rows, generated, config, prepared.tokenizer)
             leaks[name] = _identify(values[name], prepared.identity_key, known, ignore, reveal)
         subject = Subject(
-            _model(config, prepared, state["params"]),
+            _model(config, prepared, params),
             samples,
             generated=values.get("discoverable", ()),
             answers=prompts["discoverable"].answers if "discoverable" in prompts else (),
@@ -150,9 +149,9 @@ def load_reference(config: Config, prepared: Prepared) -> Model | None:
     if its_data.tokenizer.model != prepared.tokenizer.model:
         raise UserError(
             f"audit.reference {path} has another tokenizer than the data: prepare its data with tokenizer.path="
-            f"{prepared.directory / 'tokenizer.model'}, and train it again"
+            f"{tokenizer_path(prepared.directory)}, and train it again"
         )
-    params = checkpoints.restore(step, _target(other, its_data), items=("params",))["params"]
+    params = checkpoints.restore_params(step, _target(other, its_data)["params"])
     checkpoints.close()
     return _model(other, its_data, params)
 

@@ -16,7 +16,7 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
 from rmft_jax.config import ModelConfig
-from rmft_jax.kernels import attention, causal_mask, document_positions, rotary
+from rmft_jax.kernels import attention, causal_attention, causal_mask, document_positions, fused_attention, rotary
 
 # Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
 # The first path that ends a parameter's is the one that counts.
@@ -44,6 +44,10 @@ LOGICAL_AXES = {
     ("blocks", "mlp", "down", "bias"): ("layers", None),
 }
 
+for _path, _axes in [item for item in LOGICAL_AXES.items() if item[0][0] == "blocks" and item[0][-1] == "kernel"]:
+    LOGICAL_AXES[*_path[:-1], "lora_a"] = (*_axes[:2], None)
+    LOGICAL_AXES[*_path[:-1], "lora_b"] = (_axes[0], None, _axes[2])
+
 _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": jax.nn.gelu}
 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
@@ -66,8 +70,20 @@ class Cache(NamedTuple):
     v: tuple[jax.Array, ...]
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
+class Linear(nnx.Linear):
+    """A matrix product, with what an adapter adds to it (`models.lora`)."""
+
+    adapter = None  # A [I, R], B [R, O], scale []
+
+    def __call__(self, x):
+        if self.adapter is None:
+            return super().__call__(x)
+        a, b, scale = self.adapter
+        return super().__call__(x) + scale * ((x @ a) @ b)
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
+    return Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -202,11 +218,15 @@ def _block_graph(config: ModelConfig):
     return nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))), nnx.Param, ...)
 
 
-def _run_block(config: ModelConfig, params: dict, *args):
+def _run_block(config: ModelConfig, params: dict, *args, adapters: dict | None = None, scale=None):
     graph, shapes, rest = _block_graph(config)
     state = jax.tree.map(lambda x: x, shapes)
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state, rest)(*args)
+    block = nnx.merge(graph, state, rest)
+    for part, modules in (adapters or {}).items():
+        for name, pair in modules.items():  # past nnx, which would take them for parameters
+            object.__setattr__(getattr(getattr(block, part), name), "adapter", (pair["lora_a"], pair["lora_b"], scale))
+    return block(*args)
 
 
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -247,36 +267,82 @@ def forward(params: dict, config: ModelConfig, tokens, segment_ids, *, dtype=jnp
 
 
 def hidden(
-    params: dict, config: ModelConfig, tokens, segment_ids, *, dropout: float = 0.0, key=None, remat: str = "none"
+    params: dict,
+    config: ModelConfig,
+    tokens,
+    segment_ids,
+    *,
+    dropout: float = 0.0,
+    key=None,
+    remat: str = "none",
+    fused: str = "",
+    interpret: bool = False,
 ) -> jax.Array:
     """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
-    params: in the dtype to compute in. tokens, segment_ids: int32 [B, T], segment 0 = padding.
+    params: in the dtype to compute in, with or without adapters (`models.lora`). tokens, segment_ids: int32 [B, T],
+      segment 0 = padding.
     dropout: probability of each feature of the embedding and of both branches of a block, drawn from `key` (Srivastava et
       al. 2014); at 0 the program holds no draws and needs no key.
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
+    fused: a name in FUSED_ATTENTION that can serve this model here, "" = plain XLA; interpret: as `fused_attention` has it.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     mask = causal_mask(segment_ids)
     local_mask = causal_mask(segment_ids, config.local_window) if config.local_window else None
+    blocks = 1 if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else 4  # cut positions stay where they are
+
+    adapters = params.get("adapters", {"blocks": None, "scale": None})
 
     def body(x, layer):
-        block, is_local, key = layer
+        block, is_local, key, pairs = layer
 
         def attend(q, k, v):
+            if fused:
+                return _fused(q, k, v, segment_ids, config.attention_scale, fused, interpret), None
             seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
-            return attention(q, k, v, seen, config.attention_scale), None
+            return causal_attention(q, k, v, seen, config.attention_scale, blocks), None
 
         drop = lambda branch, number: _drop(branch, dropout, key, number)  # noqa: E731
-        return _run_block(config, block, place(x, "batch", "sequence"), positions, attend, drop)
+        x = _settle(place(x, "batch", "sequence"))
+        return _run_block(config, block, x, positions, attend, drop, adapters=pairs, scale=adapters["scale"])
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
     x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
-    x, _ = jax.lax.scan(body, x, (params["blocks"], is_local, keys), unroll=remat == "none" and config.layers <= UNROLL)
+    layers = params["blocks"], is_local, keys, adapters["blocks"]
+    x, _ = jax.lax.scan(body, x, layers, unroll=remat == "none" and config.layers <= UNROLL)
     return _normalise(x, config, params["final_norm"])
+
+
+def _fused(q, k, v, segment_ids, scale: float, name: str, interpret: bool):
+    """Run the kernel on each device's own rows and heads, where `place` splits those over a mesh."""
+    run = functools.partial(fused_attention, scale=scale, name=name, interpret=interpret)
+    if not (rules := dict(get_logical_axis_rules())):
+        return run(q, k, v, segment_ids)
+    rows, heads = rules["batch"], rules["heads"]
+    split = PartitionSpec(rows, heads)
+    specs = {"in_specs": (split, split, split, PartitionSpec(rows)), "out_specs": split}
+    return jax.shard_map(run, **specs, axis_names={*(rows or ()), heads}, check_vma=False)(q, k, v, segment_ids)
+
+
+@jax.custom_vjp
+def _settle(x):
+    """Return x, and have its gradient computed once.
+
+    XLA on CPU computes a sum again in every operation that reads it, and the gradient of the residual stream is a sum over
+    all later blocks: a tenth of a step at 6 layers. A quotient it computes once.
+    """
+    return x
+
+
+def _settle_gradient(_, gradient):
+    return (gradient / jax.lax.optimization_barrier(jnp.ones((), gradient.dtype)),)
+
+
+_settle.defvjp(lambda x: (x, None), _settle_gradient)
 
 
 def _drop(x, probability: float, key, number: int):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ import numpy as np
 
 from rmft_jax.config import ModelConfig, model_rules
 from rmft_jax.errors import UserError
-from rmft_jax.files import read_json, write_bytes, write_json
+from rmft_jax.files import read_json, write_chunks, write_json
 from rmft_jax.models.gpt import init_params
 
 _WEIGHTS = "model.safetensors"
@@ -217,43 +219,60 @@ FAMILIES = {
 def import_model(folder: Path) -> tuple[dict, ModelConfig]:
     """Read a model and return float32 parameters, as `init_params` makes them, and their ModelConfig.
 
-    One tensor is in memory beside the parameters at a time, however many files hold the weights. Raises UserError for a
-    family that is not in FAMILIES, for what this model cannot express (scaled rotary positions, another activation), and for
-    weights that do not fit the config.
+    Raises UserError as `read_model` does, and for a file that is not whole.
     """
     folder = Path(folder)
-    settings = read_json(folder / "config.json", "model config", "name a folder with a Hugging Face model")
-    family, config = _read_config(settings, folder / "config.json")
-    vocab_size = _number(settings, "vocab_size", folder / "config.json")
-    tensors = _Tensors(folder, family)
+    path = folder / "config.json"
+    settings = read_json(path, "model config", "name a folder with a Hugging Face model")
+    if not isinstance(settings, dict):
+        raise UserError(f"model config {path} is not a JSON object: name a folder with a Hugging Face model")
+    return read_model(settings, path, functools.partial(_Tensors, folder))
+
+
+def read_model(settings: dict, path: Path, open_tensors: Callable[[Family], Any]) -> tuple[dict, ModelConfig]:
+    """Read the parameters that a config.json describes, float32, as `init_params` makes them, and their ModelConfig.
+
+    One tensor is in memory beside the parameters at a time, however many files hold the weights.
+
+    Args:
+      settings: the config.json. path: where they are from, for messages.
+      open_tensors: the family -> what holds the tensors by the family's names: `files`, the names that are left, and
+        `take(name, shape)`, which returns one and forgets it.
+
+    Raises UserError for a family that is not in FAMILIES, for what this model cannot express (scaled rotary positions,
+    another activation), and for weights that do not fit the config.
+    """
+    family, config = _read_config(settings, path)
+    vocab_size = _number(settings, "vocab_size", path)
+    tensors = open_tensors(family)
     shapes = jax.eval_shape(lambda: init_params(config, vocab_size, jax.random.key(0)))
 
-    def read(path, shape) -> jax.Array:
-        out = np.empty(shape.shape, np.float32)
-        for number, layer in enumerate(out if path[0].key == "blocks" else [out]):
-            for name, part, form in _pieces(family, config, path, layer):
-                name = name.format(number)
-                theirs = tensors.take(name, form(part).shape)
-                part[...] = _inverse(form, part.shape)(theirs)
+    def read(place, shape) -> jax.Array:
+        out = _aligned(shape.shape)
+        for number, layer in enumerate(out if place[0].key == "blocks" else [out]):
+            for name, part, form in _pieces(family, config, place, layer):
+                theirs = tensors.take(name.format(number), form.theirs(part).shape)
+                part[...] = form.ours(theirs)
         return jnp.asarray(out)
 
     params = jax.tree_util.tree_map_with_path(read, shapes)
     output = f"{family.output}.weight"
     tied = config.tied and output in tensors.files
     if tied and not np.array_equal(tensors.take(output, params["embed"].shape), params["embed"]):
-        raise UserError(f"{folder} ties its output to the embedding but holds another: set tie_word_embeddings false")
+        raise UserError(f"{path} ties the output to the embedding but there is another one: set tie_word_embeddings false")
     if tensors.files:
         name = min(tensors.files)
-        raise UserError(f"{folder} holds {name}, which this model has no place for: take a plain {family.architecture}")
+        raise UserError(f"{path.parent} holds {name}, which this model has no place for: take a plain {family.architecture}")
     return params, config
 
 
 def export_model(
     params: dict, config: ModelConfig, folder: Path, *, bos_id: int = 1, eos_id: int = 2, shard_bytes: int = 2 << 30
 ) -> None:
-    """Write config.json and float32 safetensors for `transformers.AutoModelForCausalLM.from_pretrained(folder)`.
+    """Write config.json, generation_config.json and float32 safetensors for `transformers`' AutoModelForCausalLM.
 
-    params: as `init_params` returns them. shard_bytes: larger weights go into several files with an index.
+    params: as `init_params` returns them. bos_id, eos_id: the tokens before and after a text. shard_bytes: larger weights go
+    into several files with an index.
     Raises UserError when no family has such a model.
     """
     folder, (family, settings) = Path(folder), _write_config(config)
@@ -261,75 +280,97 @@ def export_model(
     shards = list(_shards(family, config, params, shard_bytes))
     for number, names in enumerate(shards, 1):
         file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, {name: tensor() for name, tensor in names.items()})
+        write_chunks(folder / file, _safetensors(names))
         files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    ids = {"vocab_size": len(params["embed"]), "bos_token_id": bos_id, "eos_token_id": eos_id, "torch_dtype": "float32"}
-    write_json(folder / "config.json", settings | ids)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", settings | ids | {"vocab_size": len(params["embed"]), "torch_dtype": "float32"})
 
 
-def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> Iterator[dict[str, Callable]]:
-    """Yield for each file its names and functions that make the tensors, so that only one file's are in memory."""
-    shard: dict[str, Callable] = {}
+def _shards(family: Family, config: ModelConfig, params: dict, limit: int) -> Iterator[dict[str, tuple]]:
+    """Yield for each file its names with the shapes of the tensors and functions that make them."""
+    shard: dict[str, tuple[tuple[int, ...], Callable]] = {}
     size = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         stacked = path[0].key == "blocks"
         for number in range(config.layers if stacked else 1):
             index = number if stacked else slice(None)
             shape = np.broadcast_to(np.float32(0), leaf.shape)[index]
-            for place, (name, part, _) in enumerate(_pieces(family, config, path, shape)):
+            for place, (name, part, form) in enumerate(_pieces(family, config, path, shape)):
                 if shard and size + 4 * part.size > limit:
                     yield shard
                     shard, size = {}, 0
                 size += 4 * part.size
                 name = name if path[0].key == "output" else family.prefix + name.format(number)
-                shard[name] = functools.partial(_piece, family, config, path, leaf, index, place)
+                make = functools.partial(_piece, family, config, path, leaf, index, place)
+                shard[name] = form.theirs(part).shape, make
     yield shard
 
 
 def _piece(family: Family, config: ModelConfig, path, leaf, index: int | slice, place: int) -> np.ndarray:
     _, part, form = list(_pieces(family, config, path, np.asarray(leaf[index])))[place]
-    return form(part)
+    return form.theirs(part)
 
 
-def _write_shard(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    from safetensors.numpy import save
+def _safetensors(tensors: dict[str, tuple[tuple[int, ...], Callable]]) -> Iterator[bytes | np.ndarray]:
+    """Yield the bytes of a safetensors file, a tensor at a time, where the library would hold all of them twice.
 
-    arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
-    write_bytes(path, save(arrays, metadata={"format": "pt"}))
+    Source: https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, make in tensors.values():
+        yield np.ascontiguousarray(make(), "<f4")
 
 
-def _pieces(family: Family, config: ModelConfig, path, layer: np.ndarray) -> Iterator[tuple[str, np.ndarray, Callable]]:
-    """Yield for each tensor of theirs that a parameter of ours holds: its name, the part of `layer`, and ours -> theirs."""
+class _Form(NamedTuple):
+    """How a tensor of theirs holds a part of ours. turned: as [out, in]; heads: q, k and v together for each, 0 = not so."""
+
+    turned: bool
+    heads: int
+
+    def theirs(self, part: np.ndarray) -> np.ndarray:
+        """Return a part of ours as theirs."""
+        if self.heads:  # [..., 3, H, D] -> [..., H, 3, D]
+            part = part.reshape(*part.shape[:-1], 3, self.heads, -1).swapaxes(-3, -2).reshape(part.shape)
+        return part.T if self.turned else part
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """Return a tensor of theirs as ours."""
+        part = tensor.T if self.turned else tensor
+        if self.heads:
+            part = part.reshape(*part.shape[:-1], self.heads, 3, -1).swapaxes(-3, -2).reshape(part.shape)
+        return part
+
+
+def _pieces(family: Family, config: ModelConfig, path, layer: np.ndarray) -> Iterator[tuple[str, np.ndarray, _Form]]:
+    """Yield for each tensor of theirs that a parameter of ours holds: its name, the part of `layer`, and the form."""
     *module, kind = (key.key for key in path)
     module = ".".join(module) or kind
     names = (family.output,) if module == "output" else family.modules[module]
     inner, shared = config.heads * config.head_dim, config.groups * config.head_dim
     cuts = {1: [], 2: [config.mlp], 3: [inner, inner + shared]}[len(names)]
-    interleaved = family.interleaved and module.endswith("qkv")
-    turned = kind == "kernel" and (family.transposed or module == "output")
-
-    def form(part: np.ndarray) -> np.ndarray:
-        if interleaved:  # [..., 3, H, D] -> [..., H, 3, D]
-            part = part.reshape(*part.shape[:-1], 3, config.heads, -1).swapaxes(-3, -2).reshape(part.shape)
-        return part.T if turned else part
-
+    heads = config.heads if family.interleaved and module.endswith("qkv") else 0
+    form = _Form(kind == "kernel" and (family.transposed or module == "output"), heads)
     for name, part in zip(names, np.split(layer, cuts, axis=-1), strict=True):
         yield f"{name}.{_SUFFIXES[kind]}", part, form
 
 
-def _inverse(form: Callable, shape: tuple[int, ...]) -> Callable:
-    """Return theirs -> ours for a `form` that only moves elements about."""
-
-    def invert(theirs: np.ndarray) -> np.ndarray:
-        ours = np.empty(shape, theirs.dtype)
-        place = form(np.arange(ours.size).reshape(shape))
-        ours.reshape(-1)[place.reshape(-1)] = theirs.reshape(-1)
-        return ours
-
-    return invert
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Return room for a float32 array where jax on CPU takes it over as it is, instead of copying it."""
+    size = 4 * math.prod(shape)
+    room = np.empty(size + 64, np.uint8)
+    begin = -room.ctypes.data % 64
+    return room[begin : begin + size].view(np.float32).reshape(shape)
 
 
 class _Tensors:
@@ -354,7 +395,7 @@ class _Tensors:
         if found != shape:
             wanted = f"config.json asks for {list(shape)}"
             raise UserError(f"{path}: {name} has shape {list(found)}, {wanted}: save the model again")
-        return np.asarray(file.get_tensor(key)).astype(np.float32)
+        return np.asarray(file.get_tensor(key)).astype(np.float32, copy=False)
 
     def _paths(self) -> list[Path]:
         if (self.folder / _WEIGHTS).exists() or not (self.folder / _INDEX).exists():

@@ -19,6 +19,7 @@ from rmft_jax.pii.values import component_value
 _PIECES = 4  # tokens of an invented part of a value at most, which keeps it from crowding text out of its block
 _REAL_PIECES = 8  # names are cut into more tokens than words
 _WHOLE_PIECES = 64  # a whole value has the form of what it stands for, and so about its length
+_TRIES = 50  # for one string, until it is given up
 _FEW = 1000  # a stock of fewer strings is a closed set, such as top-level domains
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -36,9 +37,10 @@ def build_bank(
 
     Four sorts of tables. Invented: the stock of a kind without what the corpus has, so that no combination of surrogates
     and an anchor is a real value, except where a kind's whole stock is real (the common TLDs). Recombined: the corpus' own
-    components, each once for every value that has it, so that surrogates have the corpus' own distribution. Look-alike: the
-    same, but a component that one value alone has, which may be as good as that value, gives way to a string that looks
-    like such components and is none. Placeholders: one row a type, and an empty one.
+    components, each once for every value that has it, so that surrogates have the corpus' own distribution; in one that a
+    single value has, digits are drawn anew, which tell people apart and teach no language. Look-alike: the same, but a
+    component that one value alone has, which may be as good as that value, gives way to a string that looks like such
+    components and is none. Placeholders: one row a type, and an empty one.
 
     Args:
       encode: strings -> token ids, each string as it is encoded in the middle of a line.
@@ -100,7 +102,23 @@ def _real_stocks(values: list[list[tuple[str, int]]], seed: int) -> dict[str, di
     for parts in values:
         for text, kind in parts:
             having.setdefault(kind, []).append(text.lower())
-    return {"recombined": having, "look_alike": {kind: _without_lone(texts, seed) for kind, texts in having.items()}}
+    return {
+        "recombined": {kind: _without_lone_digits(texts, seed) for kind, texts in having.items()},
+        "look_alike": {kind: _without_lone(texts, seed) for kind, texts in having.items()},
+    }
+
+
+def _without_lone_digits(texts: list[str], seed: int) -> list[str]:
+    """Return the texts with other digits in those that stand there once; none of the new ones stands there too."""
+    counts, rng = Counter(texts), random.Random(seed)
+
+    def redrawn(text: str) -> str:
+        if counts[text] > 1 or not any(letter.isdigit() for letter in text):
+            return text
+        draws = ("".join(rng.choice("0123456789") if c.isdigit() else c for c in text) for _ in range(_TRIES))
+        return next((draw for draw in draws if draw not in counts), "")
+
+    return [new for text in sorted(texts) if (new := redrawn(text))]
 
 
 def _without_lone(texts: list[str], seed: int) -> list[str]:

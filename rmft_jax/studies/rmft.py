@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rmft_jax.config import Config, StudyConfig, to_dict, with_changes
-from rmft_jax.data.prepare import prepare
+from rmft_jax.data.prepare import prepare, tokenizer_path
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.memorization.compare import comparison
@@ -85,7 +85,7 @@ def _pretrain(config: Config) -> str:
             "out": str(out),
             "data": "",
             "name": "pretrained",
-            "tokenizer": {"path": str(config.data_dir / "tokenizer.model")},
+            "tokenizer": {"path": str(tokenizer_path(config.data_dir))},
             "masking": {"policy": "none"},
             "canary": {"count": 0},
         },

@@ -1,7 +1,8 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
-One directory a step, in items: `params` (all that audits and new runs need), `optimizer`, `progress`, `guard` (of left-out
-steps), and `average` in runs that keep an average of the weights.
+One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
+`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, and `tracker` in runs that
+follow memorization.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from rmft_jax.errors import UserError
+from rmft_jax.models.lora import merge, with_adapters
 
 # orbax reports on itself at length; what matters of it reaches the user as an exception
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 ITEMS = {
     "params": ("params",),
+    "adapters": ("adapters", "adapter_scale"),
     "optimizer": ("optimizer",),
     "progress": ("seen", "step"),
     "guard": ("guard",),
     "average": ("average",),
+    "tracker": ("tracker",),
 }
 
 
@@ -87,6 +93,22 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return {name: value for item in items for name, value in restored[item].items()}
 
+    def restore_params(self, step: int, target: dict) -> dict:
+        """Restore the parameters of a step onto `target`, the parameters alone, adapters merged into them.
+
+        target: arrays or ShapeDtypeStructs with shardings. Raises UserError as `restore` does.
+        """
+        params = self.restore(step, {"params": target}, items=("params",))["params"]
+        saved = self._manager.item_metadata(step).get("adapters")
+        if saved is None:
+            return params
+        place = jax.tree.leaves(target)[0].sharding
+        whole = NamedSharding(place.mesh, P()) if isinstance(place, NamedSharding) else place
+        shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)  # noqa: E731
+        more = self.restore(step, jax.tree.map(shape, dict(saved.tree)), items=("adapters",))
+        merged = jax.jit(merge, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target))
+        return merged(with_adapters(params, more["adapters"], more["adapter_scale"]))
+
     def close(self) -> None:
         """Wait for saves under way and release the directory."""
         self._manager.wait_until_finished()
@@ -103,7 +125,7 @@ class Checkpoints:
                 found = f"shape {list(saved[name])}" if name in saved else "no such array"
                 raise UserError(
                     f"checkpoint {self.directory / str(step)}: {name} has {found}, the config needs {list(wanted)}: "
-                    f"use the model.* and tokenizer.vocab_size it was trained with"
+                    f"use the model.* and tokenizer.* it was trained with"
                 )
 
 

@@ -25,6 +25,7 @@ from rmft_jax.files import read_json, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
+from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.fitting import check_fit
@@ -33,7 +34,9 @@ from rmft_jax.training.memory import describe_memory, estimate, inputs_of
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
-from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state
+from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state, model_of
+from rmft_jax.training.tracker import read_tags, tag_canaries, tracker_shape
+from rmft_jax.training.tracker_log import TrackerLog
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
@@ -52,8 +55,9 @@ class Plan:
 def train(config: Config) -> Path:
     """Train one model as `config` says; return the run's directory.
 
-    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/. A run that
-    was interrupted goes on from its newest checkpoint, with the same numbers as an undisturbed one; a finished one stays.
+    The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
+    tracker.enabled memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers
+    as an undisturbed one; a finished one stays.
     """
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
@@ -61,10 +65,11 @@ def train(config: Config) -> Path:
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, prepared.tokenizer.vocab_size)
     inputs = inputs_of(prepared, blocks)
-    memory, limit = estimate(config, inputs, mesh), device_memory()
+    attending = choose_attention(config, mesh)
+    memory, limit = estimate(attending, inputs, mesh), device_memory()
     check_fit(config, inputs, mesh, memory, limit, certain=True)
     initial = _initial_params(config, prepared) if config.training.init_from else None
-    resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
+    resolved, accountant = resolve_privacy(attending, len(blocks), plan.steps)
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
@@ -72,7 +77,8 @@ def train(config: Config) -> Path:
     keep_programs()
 
     optimizer = make_optimizer(config.training, plan.steps)
-    shapes = jax.eval_shape(lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer))
+    sizes = config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, tracker_shape(config, len(blocks))
+    shapes = jax.eval_shape(lambda: init_state(*sizes))
     shardings = shardings_for(shapes, mesh)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
@@ -87,12 +93,11 @@ def train(config: Config) -> Path:
     if done:
         state = checkpoints.restore(done[-1], abstract(shapes, shardings))
     else:
-        make = lambda: init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)  # noqa: E731
-        state = jax.jit(make, out_shardings=shardings)()
+        state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
-                state["average"] = jax.tree.map(jnp.copy, state["params"])
+                state["average"] = jax.tree.map(jnp.copy, state["adapters" if config.lora.rank else "params"])
     _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done, describe_memory(memory, limit))
     if is_main():
         write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
@@ -107,7 +112,9 @@ def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
     """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
     drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
     stride = config.training.sequence_length - config.masking.margin
-    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope)
+    tags = read_tags(config, prepared)
+    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope, tags=tags)
+    tag_canaries(train, prepared, config)
     blocks = Blocks(train, stride=stride)
     return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
 
@@ -134,6 +141,9 @@ def _run(
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
     log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
+    memory = None
+    if config.tracker.enabled:
+        memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"])
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
@@ -145,11 +155,15 @@ def _run(
             state, metrics = step_fns[count](state, batch, bank)
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
+        if memory:
+            memory.add(step, count, metrics.pop("tracker"))
         log.add(step, count, metrics)
+        if memory and step in stops:
+            memory.flush()
         if step in plan.checkpoint_steps:
             log.flush()
             scores = evaluate(
-                eval_step, state["params"], heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
+                eval_step, model_of(state), heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
             )
             seen = int(np.ravel(metrics["seen"])[-1])
             stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
@@ -350,6 +364,7 @@ def _describe(
         "name": config.run_name,
         "method": config.method,
         "parameters": count_params(state["params"]),
+        **({"trained_parameters": count_params(state["adapters"])} if config.lora.rank else {}),
         "steps": plan.steps,
         "epochs": plan.steps / plan.steps_per_epoch,
         "training_tokens": len(blocks.corpus.tokens),
@@ -382,7 +397,7 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
     target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = abstract(target, jax.tree.map(lambda _: host, target))
-    return checkpoints.restore(step, {"params": target}, items=("params",))["params"]
+    return checkpoints.restore_params(step, target)
 
 
 def _say_plan(
@@ -397,7 +412,7 @@ def _say_plan(
     replaced, occurrences = masked_share(config, blocks)
     say(
         f"run {config.run_name}: {count_params(state['params']):,} parameters, {flops / 1e6:.1f} MFLOP/token, "
-        f"{training.dtype}, attention xla, {training.optimizer}\n"
+        f"{training.dtype}, attention {training.attention}, {training.optimizer}\n"
         f"  mesh {sizes} on {jax.device_count()} {jax.devices()[0].platform} device(s); "
         f"{training.batch_size} sequences x {training.sequence_length} = {tokens:,} tokens a step\n"
         f"  {plan.steps:,} steps, {plan.steps / plan.steps_per_epoch:.2f} epochs of {len(blocks):,} blocks "
@@ -405,10 +420,17 @@ def _say_plan(
         f"  {memory}\n"
         f"  masking {config.masking.policy}: {replaced:,} ({100 * replaced / max(1, occurrences):.1f}%) of {occurrences:,} "
         f"PII occurrences are replaced"
+        + (f"\n  {_lora_line(config, state)}" if config.lora.rank else "")
         + _privacy_line(accountant, plan)
         + _mfu_line(mesh)
         + (f"\n  going on from step {done[-1]}" if done else "")
     )
+
+
+def _lora_line(config: Config, state: dict) -> str:
+    lora, count = config.lora, count_params(state["adapters"])
+    base = config.training.init_from or "random weights (training.init_from is empty)"
+    return f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {count:,} parameters are trained, on top of {base}"
 
 
 def _mfu_line(mesh) -> str:

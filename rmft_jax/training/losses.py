@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from rmft_jax.config import Config, LossConfig
 from rmft_jax.kernels import CrossEntropy, MaskedBatch, cross_entropy, early_learning_penalty, goldfish_mask, target_mask
 from rmft_jax.models.gpt import forward, hidden, output_matrix
+from rmft_jax.models.lora import with_adapters
+from rmft_jax.training.attention import fused_name
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _DROPOUT = 0x64726F70  # stream of random bits
@@ -38,6 +40,11 @@ def token_weights(config: LossConfig, masked: MaskedBatch) -> jax.Array:
     return weights
 
 
+def whole(config: Config, trained: dict, frozen: dict | None) -> dict:
+    """Return the parameters to compute with: `trained`, or under LoRA `frozen` with `trained` as its adapters."""
+    return trained if frozen is None else with_adapters(frozen, trained, jnp.float32(config.lora.alpha / config.lora.rank))
+
+
 def weighted_loss(
     params: dict, config: Config, masked: MaskedBatch, weights: jax.Array, *, average: dict | None = None, key=None
 ) -> tuple[jax.Array, CrossEntropy]:
@@ -51,7 +58,8 @@ def weighted_loss(
     training, dtype = config.training, DTYPES[config.training.dtype]
     inputs, targets = (masked.tokens[:, :-1], masked.segment_ids[:, :-1]), masked.tokens[:, 1:]
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, remat=training.remat)
+    how = {"remat": training.remat, "fused": fused_name(config)}
+    features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, **how)
     total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
     if config.loss.elr_weight:
         logits = features @ output_matrix(cast)
@@ -87,9 +95,12 @@ def spread_cross_entropy(features, output, targets, weights, config: Config) -> 
     return jnp.sum(totals), scores
 
 
-def loss_and_gradient(params: dict, config: Config, masked: MaskedBatch, *, average=None, key=None) -> tuple[dict, dict]:
+def loss_and_gradient(
+    trained: dict, config: Config, masked: MaskedBatch, *, frozen: dict | None = None, average=None, key=None
+) -> tuple[dict, dict]:
     """Return the gradient of the mean loss over the batch, and metrics: loss, targets (the sum of the weights), hit.
 
+    trained, frozen: as `whole` has them; the gradient is that of `trained`, of which `average` is the average.
     The mean is sum(weights x losses) / sum(weights) over the global batch, 0 where no token weighs anything. Under `jit` the
     sums run over all devices and hosts. hit: bool [B, N-1], whether each next token is the likeliest one.
     With training.accumulation A the rows pass through the model in A microbatches, one after the other. What is divided by
@@ -100,11 +111,12 @@ def loss_and_gradient(params: dict, config: Config, masked: MaskedBatch, *, aver
     total = jnp.where(targets > 0, targets, 1).astype(jnp.float32)
 
     def of_rows(masked, weights, key):
-        def share(params):
-            loss, scores = weighted_loss(params, config, masked, weights, average=average, key=key)
+        def share(trained):
+            earlier = None if average is None else whole(config, average, frozen)
+            loss, scores = weighted_loss(whole(config, trained, frozen), config, masked, weights, average=earlier, key=key)
             return loss / total, scores.hit
 
-        return jax.value_and_grad(share, has_aux=True)(params)
+        return jax.value_and_grad(share, has_aux=True)(trained)
 
     if count == 1:
         (loss, hit), gradient = of_rows(masked, weights, key)
@@ -116,7 +128,7 @@ def loss_and_gradient(params: dict, config: Config, masked: MaskedBatch, *, aver
         return jax.tree.map(jnp.add, sums, (loss, gradient)), hit
 
     microbatches = jax.tree.map(lambda x: _deal(x, count), (masked, weights))
-    start = jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    start = jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
     (loss, gradient), hit = jax.lax.scan(add, start, (jnp.arange(count), *microbatches))
     return gradient, {"loss": loss, "targets": targets, "hit": hit.swapaxes(0, 1).reshape(weights.shape)}
 

@@ -52,15 +52,16 @@ def make_optimizer(config: TrainingConfig, steps: int) -> optax.GradientTransfor
 
 
 def _matrices(params: dict):
-    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") in ("kernel", "embed"), params)
+    matrices = ("kernel", "embed", "lora_a", "lora_b")
+    return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", "") in matrices, params)
 
 
 def _stacked_matrices(params: dict):
-    """Return muon's dimension numbers: for kernels of blocks [L, inputs, outputs], each layer on its own; None elsewhere."""
+    """Return muon's dimension numbers: for matrices of blocks [L, inputs, outputs] each layer alone; None elsewhere."""
 
     def numbers(path, leaf):
         names = [getattr(key, "key", "") for key in path]
-        stacked = names[0] == "blocks" and names[-1] == "kernel"
+        stacked = names[0] == "blocks" and names[-1] in ("kernel", "lora_a", "lora_b")
         return optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1) if stacked else None
 
     return jax.tree_util.tree_map_with_path(numbers, params)

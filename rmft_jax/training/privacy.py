@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from rmft_jax.config import Config, PrivacyConfig
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import MaskedBatch
-from rmft_jax.training.losses import token_weights, weighted_loss
+from rmft_jax.training.losses import token_weights, weighted_loss, whole
 
 _NOISE = 0x6E6F6973  # stream of random bits
 UNIT = "one block of packed text; neighbouring data sets differ in that one block counts for nothing"
@@ -93,8 +93,10 @@ def resolve_privacy(config: Config, blocks: int, steps: int) -> tuple[Config, Ac
     return dataclasses.replace(config, privacy=privacy), Accountant(privacy, blocks, batch_size)
 
 
-def private_gradient(params: dict, config: Config, masked: MaskedBatch, *, step: jax.Array, key=None) -> tuple[dict, dict]:
-    """Return a noised mean of clipped gradients, one gradient a block, and metrics.
+def private_gradient(
+    trained: dict, config: Config, masked: MaskedBatch, *, step: jax.Array, frozen: dict | None = None, key=None
+) -> tuple[dict, dict]:
+    """Return a noised mean of clipped gradients, one gradient a block, and metrics. trained, frozen: as `whole` has them.
 
     (sum_b clip(gradient of block b) + noise) / B, where the norm of each summand is at most clip_norm and the noise has the
     standard deviation noise_multiplier x clip_norm. The loss of a block is the sum of its weighted token losses over the
@@ -111,9 +113,10 @@ def private_gradient(params: dict, config: Config, masked: MaskedBatch, *, step:
     if privacy.epsilon or not privacy.noise_multiplier:
         raise UserError("privacy.epsilon is not resolved: call resolve_privacy before compiling the train step")
 
-    def block_loss(params, block: MaskedBatch, key):
+    def block_loss(trained, block: MaskedBatch, key):
         weights = token_weights(config.loss, block)
-        weighted, _ = weighted_loss(params, config, block, weights, key=None if key is None else key[0])
+        params, key = whole(config, trained, frozen), None if key is None else key[0]
+        weighted, _ = weighted_loss(params, config, block, weights, key=key)
         return weighted / config.training.sequence_length, (weighted, jnp.sum(weights))
 
     gradient_of = clipped_grad(
@@ -125,7 +128,7 @@ def private_gradient(params: dict, config: Config, masked: MaskedBatch, *, step:
         return_grad_norms=True,
         microbatch_size=privacy.microbatch or None,
     )
-    gradient, more = gradient_of(params, masked, None if key is None else jax.random.split(key, size))
+    gradient, more = gradient_of(trained, masked, None if key is None else jax.random.split(key, size))
     noise = gaussian_privatizer(
         stddev=privacy.noise_multiplier * privacy.clip_norm / size, prng_key=noise_key(config.seed, step)
     )

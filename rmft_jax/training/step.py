@@ -12,27 +12,54 @@ from jax.sharding import Mesh
 from rmft_jax.config import Config
 from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask
 from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
+from rmft_jax.models.lora import init_adapters, with_adapters
+from rmft_jax.training.attention import fused_name
 from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spread_cross_entropy
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
 from rmft_jax.training.privacy import private_gradient
+from rmft_jax.training.tracker import TrackerShape, init_tracker, update_tracker
+
+_LORA = 0x6C6F7261  # stream of random bits
 
 
-def init_state(config: Config, vocab_size: int, identities: int, optimizer: optax.GradientTransformation) -> dict:
+def init_state(
+    config: Config,
+    vocab_size: int,
+    identities: int,
+    optimizer: optax.GradientTransformation,
+    tracker: TrackerShape | None = None,
+) -> dict:
     """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
-    guard: what `accept` needs to know of earlier steps. With early-learning regularization also average, the average of the
-    weights so far.
+    guard: what `accept` needs to know of earlier steps. Under LoRA also adapters, which are what is trained then, and
+    adapter_scale; with early-learning regularization also average, the average of what is trained; with the sizes of a
+    tracker also tracker (`training.tracker`).
     """
-    params = init_params(config.model, vocab_size, jax.random.key(config.seed, impl="threefry2x32"))
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    params, adapters = init_params(config.model, vocab_size, key), {}
+    if config.lora.rank:
+        adapters["adapters"] = init_adapters(params, config.lora, jax.random.fold_in(key, _LORA))
+        adapters["adapter_scale"] = jnp.float32(config.lora.alpha / config.lora.rank)
+    trained = adapters.get("adapters", params)
     state = {
         "params": params,
-        "optimizer": optimizer.init(params),
+        **adapters,
+        "optimizer": optimizer.init(trained),
         "seen": jnp.zeros(max(1, identities), bool),  # orbax saves no empty array
         "step": jnp.zeros((), jnp.int32),
         "guard": {"loss": jnp.zeros(()), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
     }
-    return state | ({"average": jax.tree.map(jnp.copy, params)} if config.loss.elr_weight else {})
+    if tracker:
+        state["tracker"] = init_tracker(tracker)
+    return state | ({"average": jax.tree.map(jnp.copy, trained)} if config.loss.elr_weight else {})
+
+
+def model_of(state: dict) -> dict:
+    """Return the parameters to compute with, of a train state: params, with adapters if there are any."""
+    if "adapters" not in state:
+        return state["params"]
+    return with_adapters(state["params"], state["adapters"], state["adapter_scale"])
 
 
 def train_step(
@@ -40,7 +67,8 @@ def train_step(
 ) -> tuple[dict, dict]:
     """Mask the batch, take one optimizer step, and note which true PII values the model was shown.
 
-    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics.
+    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics,
+    scalars but for the counts of a tracker.
     """
     masked = mask_batch(
         batch,
@@ -51,24 +79,27 @@ def train_step(
     )
     masked = jax.tree.map(lambda x: place(x, "batch"), masked)  # whole rows: surrogates move tokens across any cut
     key = dropout_key(config.seed, state["step"]) if config.training.dropout else None
+    part = "adapters" if config.lora.rank else "params"
+    frozen = {"frozen": state["params"]} if config.lora.rank else {}
     if config.privacy.on:
-        gradients, scores = private_gradient(state["params"], config, masked, step=state["step"], key=key)
+        gradients, scores = private_gradient(state[part], config, masked, step=state["step"], key=key, **frozen)
     else:
-        gradients, scores = loss_and_gradient(state["params"], config, masked, average=state.get("average"), key=key)
-        del scores["hit"]  # metrics are scalars
+        average = state.get("average")
+        gradients, scores = loss_and_gradient(state[part], config, masked, average=average, key=key, **frozen)
+        hit = scores.pop("hit")
     norm = optax.global_norm(gradients)
     ok, guard = accept(state["guard"], config, scores["loss"], norm)
-    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state["params"])
+    updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state[part])
     identity = jnp.where(masked.shown, batch.span_identity, state["seen"].size)  # beyond the end: dropped
     new = {
-        "params": optax.apply_updates(state["params"], updates),
+        part: optax.apply_updates(state[part], updates),
         "optimizer": optimizer_state,
         "seen": state["seen"].at[identity].set(True, mode="drop"),
     }
     if "average" in state:
-        new["average"] = average_weights(state["average"], new["params"], state["step"], config.loss.elr_decay)
+        new["average"] = average_weights(state["average"], new[part], state["step"], config.loss.elr_decay)
     new = {name: jax.tree.map(lambda n, o: jnp.where(ok, n, o), value, state[name]) for name, value in new.items()}
-    new |= {"step": state["step"] + 1, "guard": guard}
+    new = state | new | {"step": state["step"] + 1, "guard": guard}
     metrics = {
         **scores,
         "gradient_norm": norm,
@@ -77,11 +108,15 @@ def train_step(
         "skipped": guard["skipped"],
         "skipped_in_a_row": guard["in_a_row"],
     }
+    if "tracker" in state:
+        new["tracker"] = update_tracker(state["tracker"], batch, masked, hit, new["step"])
+        metrics["tracker"] = new["tracker"]["counts"]
     return new, metrics
 
 
 def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, dict]:
-    """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number.
+    """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number
+    and what a tracker has counted, which is of the model as it was before.
 
     A step counts where loss and gradient are finite and, with training.skip_above, the loss is at most so many times the
     running average of the losses. A loss above that moves the average as one at the limit, so that a lasting change is
@@ -132,7 +167,7 @@ def compile_eval_step(config: Config, mesh: Mesh) -> Callable:
         segments, targets = batch.segment_ids, target_mask(batch.segment_ids)
         with placement(mesh):
             params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
-            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1])
+            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1], fused=fused_name(config))
             _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
         return scores.nll, targets, batch.component[:, 1:] > 0
 
