@@ -9,7 +9,7 @@ import pytest
 
 from rmft_jax.config import load_config
 from rmft_jax.errors import UserError
-from rmft_jax.kernels import FUSED_ATTENTION, attention, causal_mask, fused_attention, why_not_fused
+from rmft_jax.kernels import FUSED_ATTENTION, attention, causal_mask, fused_attention, rotary, rotary_angles, why_not_fused
 from rmft_jax.models.gpt import hidden, init_params
 from rmft_jax.training import attention as choice
 from rmft_jax.training.mesh import batch_sharding, make_mesh, placement, shardings_for
@@ -131,3 +131,11 @@ def test_a_context_axis_is_refused(monkeypatch):
     with pytest.raises(UserError, match="mesh.context is 2, and the kernel needs whole rows"):
         choose(monkeypatch, "gpu", "training.attention=triton", "mesh.context=2", devices=2)
     assert not why_not_fused("triton", platform="gpu", head_dim=64, length=1024)
+
+
+def test_rotary_is_a_product_with_complex_numbers():
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 8)).astype(np.float32)
+    positions = np.array([[0, 1, 2, 3, 40]], np.int32)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[0, :, None] * 100.0 ** (-np.arange(4) / 4))
+    ours = rotary(jnp.asarray(x), *rotary_angles(jnp.asarray(positions), 8, 100.0))
+    np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], axis=-1), atol=1e-5)

@@ -31,8 +31,26 @@ def test_dedup_measures_both_and_they_agree():
     assert result["removed_pct"]["ours"] > 1
 
 
+def test_generate_measures_prefill_and_decoding_apart():
+    pytest.importorskip("transformers", reason="needs the extra [bench]")
+    from rmft_jax.bench import generate
+
+    small = ["tokenizer.vocab_size=400", "model.layers=1", "model.width=32", "model.heads=2", "mesh.fsdp=4", "mesh.tensor=2"]
+    audit = ["audit.prompt_tokens=8", "audit.new_tokens=3", "audit.batch_size=16"]
+    result = generate.run(load_config(None, [*small, *audit]), runs=1)
+    assert [batch["batch_size"] for batch in result["batches"]] == [8, 16, 32]
+    assert all(rate > 0 for batch in result["batches"] for rate in batch["prefill"])
+    ((ours, theirs),) = result["runs"]
+    assert result["ratio"] == pytest.approx(ours / theirs, rel=0.01)
+    assert min(batch["tokens_equal_pct"] for batch in result["batches"]) > 99
+
+
 def test_unknown_benchmarks_and_peers_are_refused():
-    with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, detect"):
+    with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, tracker, detect"):
         run_bench("speed", load_config())
+    with pytest.raises(UserError, match="audit.new_tokens 1: all of it is prefill"):
+        run_bench("generate", load_config(None, ["audit.new_tokens=1"]))
+    with pytest.raises(UserError, match="12 rows do not split over mesh.replica x mesh.fsdp = 8"):
+        run_bench("generate", load_config(None, ["audit.batch_size=12"]))
     with pytest.raises(UserError, match="knows no peer 'scrubadub'"):
         run_bench("detect", load_config(), "scrubadub")

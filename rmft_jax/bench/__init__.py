@@ -17,6 +17,7 @@ BENCHES = {
     "masking": "the train step with on-device masking against the step without",
     "tracker": "the train step with memorization followed against the step without",
     "detect": "finding and tagging personal data, against presidio-analyzer",
+    "generate": "prefill and greedy decoding of a model, against transformers",
     "audit": "greedy decoding of the audit's prompts, against transformers",
     "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import logging
 import os
 import tempfile
 import time
@@ -16,16 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from rmft_jax.bench import environment
+from rmft_jax.bench.decoders import PEER, load_params, transformers_decoder
 from rmft_jax.config import Config
-from rmft_jax.data.prepare import Prepared, load_prepared, prepare
+from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
 from rmft_jax.memorization.prompts import Prompts, build_prompts
-from rmft_jax.models.gpt import init_params
 from rmft_jax.models.huggingface import export_model
 from rmft_jax.progress import track
-from rmft_jax.training.checkpoints import Checkpoints, abstract
 
 _WARM_UP = 1
 
@@ -52,10 +49,12 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
         prepared = load_prepared(config)
         size = config.audit.batch_size
         prompts = {name: Prompts(s.tokens[:size], s.valid[:size]) for name, s in build_prompts(config, prepared).items()}
-        params = _params(config, prepared)
+        whole = lambda shapes: jax.tree.map(lambda _: everywhere(), shapes)  # noqa: E731
+        params = load_params(config, prepared.tokenizer.vocab_size, whole)
         bos, end = prepared.tokenizer.bos_id, prepared.tokenizer.eos_id
         export_model(params, config.model, Path(folder), bos_id=bos, eos_id=end)
-        decoders = _ours(config, params, end), _transformers(config, Path(folder), end)
+        theirs = transformers_decoder(Path(folder), end)
+        decoders = _ours(config, params, end), lambda rows: theirs(rows.tokens, rows.valid, config.audit.new_tokens)
     counts = {name: len(rows.tokens) * config.audit.new_tokens for name, rows in prompts.items()}
     seconds, outputs = [], {}
     for number in track(range(runs + _WARM_UP), "bench audit", runs + _WARM_UP):
@@ -86,7 +85,7 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
             "weights": config.training.init_from or "initial",
         },
         "value": float(ours),
-        "peer": f"transformers generate, greedy, float32, {os.cpu_count()} threads",
+        "peer": f"{PEER}, float32, {os.cpu_count()} threads",
         "peer_value": float(theirs),
         "ratio": float(np.median(pairs[:, 0] / pairs[:, 1])),
         "same_output": bool(equal.all()),
@@ -96,50 +95,11 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
     }
 
 
-def _params(config: Config, prepared: Prepared) -> dict:
-    """Return the parameters that `training.init_from` names, or initial ones."""
-    key = jax.random.key(config.seed)
-    make = jax.jit(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
-    if not config.training.init_from:
-        return jax.device_put(make(), everywhere())
-    checkpoints, step = Checkpoints.open(Path(config.training.init_from))
-    tree = jax.eval_shape(make)
-    target = abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
-    params = checkpoints.restore_params(step, target)
-    checkpoints.close()
-    return params
-
-
 def _ours(config: Config, params: dict, end: int) -> Callable[[Prompts], np.ndarray]:
     decoder = make_greedy_decoder(config.model, new_tokens=config.audit.new_tokens, end_id=end, dtype=jnp.float32)
 
     def generate(rows: Prompts) -> np.ndarray:
         index = np.minimum(np.arange(rows_for(len(rows.tokens))), len(rows.tokens) - 1)
         return np.asarray(decoder(params, *spread_rows(rows.tokens[index], rows.valid[index])))[: len(rows.tokens)]
-
-    return generate
-
-
-def _transformers(config: Config, folder: Path, end: int) -> Callable[[Prompts], np.ndarray]:
-    """Load the model and return a decoder from prompts to int32 [B, new_tokens], filled up with the end token."""
-    try:
-        torch, transformers = importlib.import_module("torch"), importlib.import_module("transformers")
-    except ImportError as error:
-        raise UserError(f"the peer needs {error.name}, which is not installed: pip install 'rmft-jax[bench]'") from None
-    torch.set_num_threads(os.cpu_count())
-    transformers.utils.logging.set_verbosity(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    new = config.audit.new_tokens
-
-    def generate(rows: Prompts) -> np.ndarray:
-        tokens, mask = (torch.from_numpy(np.asarray(x, np.int64)) for x in rows[:2])
-        with torch.inference_mode():
-            out = model.generate(
-                tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, use_cache=True, eos_token_id=end,
-                pad_token_id=end,
-            )  # fmt: skip
-        written = out[:, tokens.shape[1] :].numpy()
-        return np.pad(written, ((0, 0), (0, new - written.shape[1])), constant_values=end).astype(np.int32)
 
     return generate

@@ -16,6 +16,9 @@ def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dt
 
     tokens: int32 [B, P], prompts padded at the left, so that what follows a prompt follows its last token.
     valid: bool [B, P], False on padding. After `end_id` a row holds nothing but `end_id`.
+
+    Parameters split over a mesh (`training.mesh.shardings_for`) stay so, and the cache is split with them, where the first
+    call is made within `training.mesh.placement`; B must then divide by the axes of the batch.
     """
 
     def generate(params, tokens, valid):

@@ -1,6 +1,6 @@
 """Pure, jittable array functions, usable in any JAX program: they import nothing of rmft_jax outside this room."""
 
-from rmft_jax.kernels.attention import attention, causal_attention, causal_mask, document_positions, rotary
+from rmft_jax.kernels.attention import attention, causal_attention, causal_mask, document_positions, rotary, rotary_angles
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
 from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
 from rmft_jax.kernels.exposure import exposure_by_rank
@@ -43,13 +43,13 @@ from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized,
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE", "Spans",
-    "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights", "causal_attention",
-    "causal_mask", "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE",
+    "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights",
+    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates",
     "early_learning_penalty", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
     "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "loss_score", "mask_batch", "memorized",
     "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "run_lengths", "slice_counts", "span_values", "splice",
-    "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
+    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
+    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
     "window_hash", "zlib_score",
 ]  # fmt: skip

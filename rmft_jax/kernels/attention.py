@@ -6,15 +6,25 @@ import jax
 import jax.numpy as jnp
 
 
-def rotary(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotate pairs of features by angles that grow with the position (Su et al. 2021, RoFormer, arXiv 2104.09864).
+def rotary_angles(positions: jax.Array, features: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Return cosine and sine of the angles that `rotary` turns by, float32 [B, 1, T, features / 2], for all layers at once.
 
-    x: [B, H, T, D] with D even; feature i pairs with i + D/2. positions: int32 [B, T]. Returns x's shape and dtype.
+    positions: int32 [B, T], B = 1 where all rows have the same ones.
     """
-    half = x.shape[-1] // 2
+    half = features // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[:, None, :, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # XLA on CPU would compute them again for every head of every layer that reads them; a quotient it computes once
+    one = jax.lax.optimization_barrier(jnp.ones(()))
+    return jnp.cos(angle) / one, jnp.sin(angle) / one
+
+
+def rotary(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate pairs of features by angles that grow with the position (Su et al. 2021, RoFormer, arXiv 2104.09864).
+
+    x: [B, H, T, D] with D even; feature i pairs with i + D/2. cos, sin: from `rotary_angles`. Returns x's shape and dtype.
+    """
+    half = x.shape[-1] // 2
     a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

@@ -15,8 +15,17 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
-from rmft_jax.config import ModelConfig
-from rmft_jax.kernels import attention, causal_attention, causal_mask, document_positions, fused_attention, rotary
+from rmft_jax.config import LoraConfig, ModelConfig
+from rmft_jax.kernels import (
+    attention,
+    causal_attention,
+    causal_mask,
+    document_positions,
+    fused_attention,
+    rotary,
+    rotary_angles,
+)
+from rmft_jax.models.lora import merge
 
 # Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
 # The first path that ends a parameter's is the one that counts.
@@ -64,7 +73,10 @@ REMAT = {
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: an array [B, G, S, D] for each layer, read without a transpose."""
+    """Keys and values of the tokens so far: an array [B, G, S, D] for each layer, read without a transpose.
+
+    On a mesh (`place`) rows are split as the batch is, G as heads are.
+    """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
@@ -79,7 +91,7 @@ class Linear(nnx.Linear):
         if self.adapter is None:
             return super().__call__(x)
         a, b, scale = self.adapter
-        return super().__call__(x) + scale * ((x @ a) @ b)
+        return super().__call__(x) + (x @ a) @ (scale * b)
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
@@ -97,8 +109,7 @@ class Attention(nnx.Module):
     """Causal self-attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.heads, self.groups, self.rotated = config.heads, config.groups, config.rotated
-        self.base, self.qk_norm = config.rope_base, config.qk_norm
+        self.heads, self.groups, self.rotated, self.qk_norm = config.heads, config.groups, config.rotated, config.qk_norm
         inner = config.heads * config.head_dim
         projected = inner + 2 * config.groups * config.head_dim
         self.qkv = _linear(config.width, projected, bias=config.qkv_bias, deviation=config.width**-0.5, rngs=rngs)
@@ -108,23 +119,22 @@ class Attention(nnx.Module):
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
             self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
 
-    def __call__(self, x_BTE, positions, attend):
+    def __call__(self, x_BTE, angles, attend):
         batch, length, _ = x_BTE.shape
         heads = self.qkv(x_BTE).reshape(batch, length, self.heads + 2 * self.groups, -1).swapaxes(1, 2)
         q, k, v = jnp.split(heads, (self.heads, self.heads + self.groups), axis=1)  # [B, H, T, D], twice [B, G, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        q, k = self._rotate(q, angles), self._rotate(k, angles)
         attended, kept = attend(q, k, v)  # of all positions, or of the last ones
         return self.out(attended.swapaxes(1, 2).reshape(batch, attended.shape[2], -1)), kept
 
-    def _rotate(self, x, positions):
+    def _rotate(self, x, angles):
         if self.rotated == x.shape[-1]:
-            return rotary(x, positions, self.base)
+            return rotary(x, *angles)
         if not self.rotated:
             return x
-        turned = rotary(x[..., : self.rotated], positions, self.base)
-        return jnp.concatenate([turned, x[..., self.rotated :]], axis=-1)
+        return jnp.concatenate([rotary(x[..., : self.rotated], *angles), x[..., self.rotated :]], axis=-1)
 
 
 class MLP(nnx.Module):
@@ -155,12 +165,12 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, rngs)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BTE, positions, attend, drop=lambda branch_BTE, number: branch_BTE):
+    def __call__(self, x_BTE, angles, attend, drop=lambda branch_BTE, number: branch_BTE):
         """attend: (q, k, v) -> (attended, anything to hand on), the one thing in which training and decoding differ.
 
         drop: what to do to the attention's branch (number 0) and the MLP's (1) before they are added.
         """
-        attended, kept = self.attention(self.attention_norm(x_BTE), positions, attend)
+        attended, kept = self.attention(self.attention_norm(x_BTE), angles, attend)
         before = x_BTE[:, -attended.shape[1] :]
         x_BTE = before + drop(attended, 0)
         return x_BTE + drop(self.mlp(self.mlp_norm(before if self.parallel else x_BTE)), 1), kept
@@ -198,9 +208,10 @@ def count_params(params: dict) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
+def flops_per_token(config: ModelConfig, vocab_size: int, length: int, lora: LoraConfig | None = None) -> int:
     """Return floating-point operations per trained token: 6 per weight in a matrix product, 12 H D per query-key pair.
 
+    Under LoRA 4 per weight, whose gradient is not computed; the adapters' own products are left out.
     A token sees T / 2 tokens of its row on average, in a local layer of window W < T only W - W^2 / 2T; a pair costs 2 D a
     head for its score, as much for its value, and three times that with the backward pass.
     """
@@ -210,7 +221,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
     local = sum(config.local_layers)
     pairs = (config.layers - local) * length / 2 + local * (window - window**2 / (2 * length))
     matrices = config.layers * (attention + mlp) + vocab_size * config.width
-    return 6 * matrices + round(12 * config.heads * config.head_dim * pairs)
+    return (4 if lora and lora.rank else 6) * matrices + round(12 * config.heads * config.head_dim * pairs)
 
 
 @functools.cache
@@ -244,6 +255,10 @@ def _normalise(x, config: ModelConfig, norm: dict):
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + config.norm_epsilon) * norm["scale"]
     return (normal + norm["bias"] if "bias" in norm else normal).astype(x.dtype)
+
+
+def _angles(config: ModelConfig, positions):
+    return rotary_angles(positions, config.rotated, config.rope_base) if config.rotated else None
 
 
 def _embed(params: dict, config: ModelConfig, tokens, places):
@@ -287,7 +302,7 @@ def hidden(
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
     fused: a name in FUSED_ATTENTION that can serve this model here, "" = plain XLA; interpret: as `fused_attention` has it.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    angles = _angles(config, jnp.arange(tokens.shape[1])[None])
     mask = causal_mask(segment_ids)
     local_mask = causal_mask(segment_ids, config.local_window) if config.local_window else None
     blocks = 1 if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else 4  # cut positions stay where they are
@@ -305,7 +320,7 @@ def hidden(
 
         drop = lambda branch, number: _drop(branch, dropout, key, number)  # noqa: E731
         x = _settle(place(x, "batch", "sequence"))
-        return _run_block(config, block, x, positions, attend, drop, adapters=pairs, scale=adapters["scale"])
+        return _run_block(config, block, x, angles, attend, drop, adapters=pairs, scale=adapters["scale"])
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
@@ -356,9 +371,11 @@ def _drop(x, probability: float, key, number: int):
 def unstack(params: dict, dtype=jnp.float32) -> dict:
     """Return the parameters as `prefill` and `decode` read them: in `dtype`, blocks as a tuple with a dict for each layer.
 
-    Taken apart once, outside the loop over tokens: sliced in it, every weight is copied for every token.
+    Taken apart once, outside the loop over tokens: sliced in it, every weight is copied for every token. The output's matrix
+    is in them for tied embeddings too, as CPU products of a few rows take twice as long with one that is read across.
     """
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = jax.tree.map(lambda x: x.astype(dtype), merge(params))
+    params = params | {"output": {"kernel": output_matrix(params)}}
     layers = len(jax.tree.leaves(params["blocks"])[0])
     return params | {"blocks": tuple(jax.tree.map(lambda p, n=n: p[n], params["blocks"]) for n in range(layers))}
 
@@ -369,21 +386,21 @@ def prefill(params: dict, config: ModelConfig, tokens, valid, *, cache_length: i
     params: from `unstack`. tokens: int32 [B, P]; valid: bool [B, P], False on the padding at the left. cache_length: S >= P.
     """
     batch, length = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(length), tokens.shape)
+    angles = _angles(config, jnp.arange(length)[None])
     segment_ids = valid.astype(jnp.int32)
     masks = {local: causal_mask(segment_ids, config.local_window * local) for local in set(config.local_layers)}
     room = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
 
     def attend(q, k, v, queries, mask):
-        kept = tuple(jnp.pad(x, room) for x in (k, v))
+        kept = tuple(place(jnp.pad(x, room), "batch", "heads") for x in (k, v))
         return attention(q[:, :, -queries:], k, v, mask[:, -queries:], config.attention_scale), kept
 
-    x = _embed(params, config, tokens, document_positions(segment_ids))
+    x = place(_embed(params, config, tokens, document_positions(segment_ids)), "batch")
     caches = []
     for number, (block, local) in enumerate(zip(params["blocks"], config.local_layers, strict=True), 1):
         queries = length if number < config.layers else 1  # of the last block, only the last position is needed
         reader = functools.partial(attend, queries=queries, mask=masks[local])
-        x, kept = _run_block(config, block, x, positions, reader)
+        x, kept = _run_block(config, block, x, angles, reader)
         caches.append(kept)
     return _normalise(x[:, -1], config, params["final_norm"]) @ output_matrix(params), Cache(*zip(*caches, strict=True))
 
@@ -394,19 +411,20 @@ def decode(params: dict, config: ModelConfig, token, at, valid, cache: Cache):
     params: from `unstack`. token: int32 [B]; at: int32 scalar; valid: bool [B, S], which cache positions hold text once this
     token is in.
     """
-    positions = jnp.broadcast_to(at, (token.shape[0], 1))
+    angles = _angles(config, jnp.reshape(at, (1, 1)))
     near = jnp.arange(valid.shape[1]) > at - config.local_window
     masks = {local: valid & near if local else valid for local in set(config.local_layers)}
 
     def attend(q, k, v, old, mask):
         # A pair of arrays a layer: XLA writes each in place, where a scan over layers would copy all of it.
         kept = tuple(jax.lax.dynamic_update_slice(x, new, (0, 0, at, 0)) for x, new in zip(old, (k, v), strict=True))
+        kept = tuple(place(x, "batch", "heads") for x in kept)
         return _attend_one(q, *kept, mask, config.attention_scale), kept
 
     x = _embed(params, config, token, jnp.sum(valid, axis=1) - 1)[:, None]
     caches = []
     for block, local, *old in zip(params["blocks"], config.local_layers, *cache, strict=True):
-        x, kept = _run_block(config, block, x, positions, functools.partial(attend, old=old, mask=masks[local]))
+        x, kept = _run_block(config, block, x, angles, functools.partial(attend, old=old, mask=masks[local]))
         caches.append(kept)
     return _normalise(x[:, 0], config, params["final_norm"]) @ output_matrix(params), Cache(*zip(*caches, strict=True))
 

@@ -204,7 +204,7 @@ def _flops(config: Config, prepared: Prepared, mesh) -> tuple[int, float | None]
     """Return the operations of a step, and the peak of all devices in operations a second, None where it is not known."""
     training, peak = config.training, peak_flops()
     tokens = training.batch_size * training.sequence_length
-    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length, config.lora)
     return tokens * flops, peak and peak * mesh.size
 
 
@@ -405,7 +405,7 @@ def _say_plan(
     memory: str,
 ) -> None:  # fmt: skip
     training = config.training
-    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length, config.lora)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tokens = training.batch_size * training.sequence_length
     rank = prepared.manifest["train"]

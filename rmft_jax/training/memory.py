@@ -151,7 +151,9 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
     }  # fmt: skip
     width, trained = jnp.dtype(DTYPES[training.dtype]).itemsize, held.get("adapters", held["params"])
     narrow, accumulates, split = width < 4, training.accumulation > 1, sizes["fsdp"] > 1
-    rows = training.batch_size // training.accumulation // (sizes["replica"] * sizes["fsdp"])
+    private = config.privacy.on  # which takes a gradient of each row, privacy.microbatch rows at a time
+    at_once = private and config.privacy.microbatch or training.batch_size // training.accumulation
+    rows = max(1, at_once // (sizes["replica"] * sizes["fsdp"]))
     tokens, vocab = rows * training.sequence_length // sizes["context"], inputs.vocab_size // sizes["tensor"]
     chunk, output = min(training.loss_chunk or tokens, tokens), model.width * vocab
     saved = functools.partial(_saved, model, config.loss, inputs.vocab_size, rows, sizes["tensor"], sizes["context"])
@@ -162,7 +164,7 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
     of_block = _shard_bytes(shapes["params"]["blocks"], shardings["params"]["blocks"]) * width // 4 // model.layers
     looped = training.remat != "none" or model.layers > UNROLL  # a loop sets room aside for all of its gradients at once
     gradients = trained * width // 4
-    summed = accumulates * trained + looped * gradients
+    summed = (accumulates or private) * trained + (rows if private else looped) * gradients
     kept = {
         "weights in bfloat16": narrow * held["params"] * width // 4,
         "activations": activations,
