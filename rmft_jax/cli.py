@@ -206,7 +206,9 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: masking, tracker, train, scaling, detect, dedup, audit.")],
+    name: Annotated[
+        str, typer.Argument(help="What to measure: masking, tracker, train, scaling, detect, dedup, generate, audit.")
+    ],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",
