@@ -206,9 +206,7 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[
-        str, typer.Argument(help="What to measure: masking, tracker, train, scaling, detect, dedup, generate, audit.")
-    ],
+    name: Annotated[str, typer.Argument(help="masking, tracker, train, generate, scaling, detect, dedup or audit.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",
@@ -252,7 +250,7 @@ def convert_import(
     print(
         f"{out}: {found['family']}, {found['parameters']:,} parameters, vocabulary of {found['vocab_size']:,}, "
         f"tokenizer {found['tokenizer'] or 'none: set tokenizer.path yourself'}{ends}\n"
-        f"start from it: copy the sections of {out / 'config.yaml'} into your config, or use it as one: "
+        f"start from it: write `include: {(out / 'config.yaml').absolute()}` in your config, or use it as one: "
         f"rmft prepare {out / 'config.yaml'} source.format=jsonl source.path=mail.jsonl out=runs/mine"
     )
 

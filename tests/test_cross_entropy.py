@@ -44,6 +44,15 @@ def test_chunks_change_nothing(chunk, z_loss):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, 50])
+def test_of_equally_likely_tokens_the_first_is_the_hit(chunk):
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-2, 2, (400, 9)).astype(np.float32)  # several of the highest in nearly every row
+    targets = rng.integers(0, 9, 400)
+    _, scores = cross_entropy(jnp.eye(400), jnp.asarray(logits), jnp.asarray(targets), jnp.ones(400), chunk)
+    np.testing.assert_array_equal(scores.hit, logits.argmax(-1) == targets)
+
+
 def test_the_gradient_scales_with_what_follows():
     inputs = drawn()
     times = lambda factor: jax.grad(lambda h: factor * cross_entropy(h, *inputs[1:], 7)[0] ** 2)(inputs[0])  # noqa: E731

@@ -100,9 +100,9 @@ def test_equals_peft(tmp_path):
     np.testing.assert_allclose(logits(more, model), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_only_adapters_are_trained_and_only_they_have_optimizer_state(tiny, prepared, optimizer):
-    config = tiny("lora.rank=2", "training.learning_rate=1e-2", "training.warmup_steps=0", f"training.optimizer={optimizer}")
+@pytest.mark.parametrize("more", ["training.optimizer=muon", "loss.elr_weight=1", "privacy.noise_multiplier=0.2"])
+def test_only_adapters_are_trained_and_only_they_have_optimizer_state(tiny, prepared, more):
+    config = tiny("lora.rank=2", "training.learning_rate=1e-2", "training.warmup_steps=0", more)
     mesh, rule = make_mesh(config.mesh, jax.devices()[:1]), make_optimizer(config.training, 50)
     state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, rule)
     state = jax.device_put(state, shardings_for(state, mesh))
@@ -114,7 +114,7 @@ def test_only_adapters_are_trained_and_only_they_have_optimizer_state(tiny, prep
     for _ in range(8):
         state, metrics = jax.block_until_ready(step(state, put([batch], mesh), bank))
         losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0] - 0.02, losses
+    assert losses[-1] < losses[0] - 0.02 or config.privacy.on, losses
     for old, new in zip(jax.tree.leaves(begin["params"]), jax.tree.leaves(state["params"]), strict=True):
         assert np.array_equal(old, new)
     for old, new in zip(jax.tree.leaves(begin["adapters"]), jax.tree.leaves(state["adapters"]), strict=True):

@@ -79,7 +79,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
             spent[name] += _time(models[name], [next(source) for _ in range(counts[name])])
         pairs.append([2 * counts[name] * tokens / spent[name] for name in models])
     value, *rival = np.median(pairs, axis=0).tolist()
-    flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.training.sequence_length)
+    flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.training.sequence_length, config.lora)
     peak = peak_flops()
     return {
         "name": "train",

@@ -75,8 +75,9 @@ class Gguf:
             known = ", ".join(_ARCHITECTURES)
             raise UserError(f"{self.path} is a {architecture} model, of GGUF files {known} can be read: take another")
         get = lambda key: self.metadata.get(f"{architecture}.{key}")  # noqa: E731
-        for key, what in (("expert_count", "experts"), ("rope.scaling.factor", "scaled rotary positions")):
-            if get(key):
+        scaled = "scaled rotary positions"
+        for key, what in (("expert_count", "experts"), ("rope.scaling.factor", scaled), ("rope.scale_linear", scaled)):
+            if get(key) not in (None, 0, 1):
                 raise UserError(f"{self.path} is a model with {what}, which this one has not: take another")
         out = {theirs: value for key, theirs in _SETTINGS if (value := get(key)) is not None}
         for key in ("rms_norm_eps", "rope_theta"):  # 1e-5 was written as a float32

@@ -15,7 +15,7 @@ from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec
 
-from rmft_jax.config import ModelConfig
+from rmft_jax.config import LoraConfig, ModelConfig
 from rmft_jax.kernels import (
     attention,
     causal_attention,
@@ -25,6 +25,7 @@ from rmft_jax.kernels import (
     rotary,
     rotary_angles,
 )
+from rmft_jax.models.lora import merge
 
 # Logical axes of every parameter; training/mesh.py says which mesh axis each is split over.
 # The first path that ends a parameter's is the one that counts.
@@ -90,7 +91,7 @@ class Linear(nnx.Linear):
         if self.adapter is None:
             return super().__call__(x)
         a, b, scale = self.adapter
-        return super().__call__(x) + scale * ((x @ a) @ b)
+        return super().__call__(x) + (x @ a) @ (scale * b)
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
@@ -207,9 +208,10 @@ def count_params(params: dict) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
+def flops_per_token(config: ModelConfig, vocab_size: int, length: int, lora: LoraConfig | None = None) -> int:
     """Return floating-point operations per trained token: 6 per weight in a matrix product, 12 H D per query-key pair.
 
+    Under LoRA 4 per weight, whose gradient is not computed; the adapters' own products are left out.
     A token sees T / 2 tokens of its row on average, in a local layer of window W < T only W - W^2 / 2T; a pair costs 2 D a
     head for its score, as much for its value, and three times that with the backward pass.
     """
@@ -219,7 +221,7 @@ def flops_per_token(config: ModelConfig, vocab_size: int, length: int) -> int:
     local = sum(config.local_layers)
     pairs = (config.layers - local) * length / 2 + local * (window - window**2 / (2 * length))
     matrices = config.layers * (attention + mlp) + vocab_size * config.width
-    return 6 * matrices + round(12 * config.heads * config.head_dim * pairs)
+    return (4 if lora and lora.rank else 6) * matrices + round(12 * config.heads * config.head_dim * pairs)
 
 
 @functools.cache
@@ -372,7 +374,7 @@ def unstack(params: dict, dtype=jnp.float32) -> dict:
     Taken apart once, outside the loop over tokens: sliced in it, every weight is copied for every token. The output's matrix
     is in them for tied embeddings too, as CPU products of a few rows take twice as long with one that is read across.
     """
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    params = jax.tree.map(lambda x: x.astype(dtype), merge(params))
     params = params | {"output": {"kernel": output_matrix(params)}}
     layers = len(jax.tree.leaves(params["blocks"])[0])
     return params | {"blocks": tuple(jax.tree.map(lambda p, n=n: p[n], params["blocks"]) for n in range(layers))}

@@ -262,7 +262,8 @@ def read_model(settings: dict, path: Path, open_tensors: Callable[[Family], Any]
         raise UserError(f"{path} ties the output to the embedding but there is another one: set tie_word_embeddings false")
     if tensors.files:
         name = min(tensors.files)
-        raise UserError(f"{path.parent} holds {name}, which this model has no place for: take a plain {family.architecture}")
+        source = path.parent if path.name == "config.json" else path
+        raise UserError(f"{source} holds {name}, which this model has no place for: take a plain {family.architecture}")
     return params, config
 
 

@@ -65,11 +65,11 @@ def train(config: Config) -> Path:
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, prepared.tokenizer.vocab_size)
     inputs = inputs_of(prepared, blocks)
-    memory, limit = estimate(config, inputs, mesh), device_memory()
+    attending = choose_attention(config, mesh)
+    memory, limit = estimate(attending, inputs, mesh), device_memory()
     check_fit(config, inputs, mesh, memory, limit, certain=True)
     initial = _initial_params(config, prepared) if config.training.init_from else None
-    resolved, accountant = resolve_privacy(config, len(blocks), plan.steps)
-    resolved = choose_attention(resolved, mesh)
+    resolved, accountant = resolve_privacy(attending, len(blocks), plan.steps)
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
@@ -204,7 +204,7 @@ def _flops(config: Config, prepared: Prepared, mesh) -> tuple[int, float | None]
     """Return the operations of a step, and the peak of all devices in operations a second, None where it is not known."""
     training, peak = config.training, peak_flops()
     tokens = training.batch_size * training.sequence_length
-    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length, config.lora)
     return tokens * flops, peak and peak * mesh.size
 
 
@@ -405,7 +405,7 @@ def _say_plan(
     memory: str,
 ) -> None:  # fmt: skip
     training = config.training
-    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length)
+    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length, config.lora)
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     tokens = training.batch_size * training.sequence_length
     rank = prepared.manifest["train"]

@@ -141,27 +141,32 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
     arguments = {
         "parameters": held["params"],
         "optimizer": held["optimizer"],
+        "adapters": held.get("adapters", 0),
         "average of the weights": held.get("average", 0),
+        "tracker": held.get("tracker", 0),
         "batch and surrogates": _shard_bytes(batch, jax.tree.map(lambda _: batch_sharding(mesh), batch))
         * training.steps_per_dispatch
         + _shard_bytes(inputs.bank, jax.tree.map(lambda _: replicated(mesh), inputs.bank))
         + held["seen"] + held["step"] + held["guard"],
     }  # fmt: skip
-    width, parameters = jnp.dtype(DTYPES[training.dtype]).itemsize, held["params"]
+    width, trained = jnp.dtype(DTYPES[training.dtype]).itemsize, held.get("adapters", held["params"])
     narrow, accumulates, split = width < 4, training.accumulation > 1, sizes["fsdp"] > 1
-    rows = training.batch_size // training.accumulation // (sizes["replica"] * sizes["fsdp"])
+    private = config.privacy.on  # which takes a gradient of each row, privacy.microbatch rows at a time
+    at_once = private and config.privacy.microbatch or training.batch_size // training.accumulation
+    rows = max(1, at_once // (sizes["replica"] * sizes["fsdp"]))
     tokens, vocab = rows * training.sequence_length // sizes["context"], inputs.vocab_size // sizes["tensor"]
     chunk, output = min(training.loss_chunk or tokens, tokens), model.width * vocab
     saved = functools.partial(_saved, model, config.loss, inputs.vocab_size, rows, sizes["tensor"], sizes["context"])
-    what = {name: getattr(training, name) for name in ("sequence_length", "dtype", "dropout", "loss_chunk", "remat")}
+    shaping = ("sequence_length", "dtype", "dropout", "loss_chunk", "remat", "attention")
+    what = {name: getattr(training, name) for name in shaping}
     scores, activations = saved(**what)
     block = sum(saved(**what | {"remat": "none"})) // model.layers
     of_block = _shard_bytes(shapes["params"]["blocks"], shardings["params"]["blocks"]) * width // 4 // model.layers
     looped = training.remat != "none" or model.layers > UNROLL  # a loop sets room aside for all of its gradients at once
-    gradients = parameters * width // 4
-    summed = accumulates * parameters + looped * gradients
+    gradients = trained * width // 4
+    summed = (accumulates or private) * trained + (rows if private else looped) * gradients
     kept = {
-        "weights in bfloat16": narrow * gradients,
+        "weights in bfloat16": narrow * held["params"] * width // 4,
         "activations": activations,
         "attention scores": scores,
     }
@@ -174,15 +179,16 @@ def estimate(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> Memor
             "gradients": summed,
             "one block": block + split * 2 * sizes["fsdp"] * of_block,
         },
-        "update": {"gradients": parameters, "update": parameters + _in_flight(training.optimizer, shapes, shardings)},
+        "update": {"gradients": trained, "update": trained + _in_flight(training.optimizer, shapes, shardings)},
     }  # fmt: skip
-    certain = sum(arguments.values()) + (parameters if accumulates else gradients)
+    certain = sum(arguments.values()) + (trained if accumulates else gradients)
     return Memory(arguments, phases, certain)
 
 
 def _in_flight(optimizer: str, shapes: dict, shardings: dict) -> int:
     """Return the bytes of moments that are written anew while the old ones are still read: measured, see docs/plan.md."""
-    leaves = zip(jax.tree.leaves(shapes["params"]), jax.tree.leaves(shardings["params"]), strict=True)
+    part = "adapters" if "adapters" in shapes else "params"
+    leaves = zip(jax.tree.leaves(shapes[part]), jax.tree.leaves(shardings[part]), strict=True)
     return 0 if optimizer == "adafactor" else max(_shard_bytes(*leaf) for leaf in leaves) * 3 // 2
 
 
@@ -218,9 +224,10 @@ def _saved(
     program = jax.make_jaxpr(backward)(params, average, masked, weights).jaxpr
     given = {id(variable) for variable in program.invars}
     saved = {id(variable): variable.aval for variable in program.outvars if id(variable) not in given}
-    scores, rest = 0, 0
+    scores, rest, quarter = 0, 0, length // 4  # queries of a quarter of the row are scored at a time
     for x in saved.values():
-        if x.ndim == 5 and x.shape[-2:] == (length, length):  # of all layers
+        of_block = x.ndim == 5 and x.shape[-2] == quarter and x.shape[-1] % quarter == 0  # of all layers
+        if of_block or (x.ndim == 5 and x.shape[-2:] == (length, length)):
             scores += x.size * x.dtype.itemsize
         else:
             rest += x.size * x.dtype.itemsize

@@ -43,7 +43,7 @@ def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile:
     shapes, _ = abstract_state(config, inputs, mesh)
     memory, training = estimate(config, inputs, mesh), config.training
     tokens = training.batch_size * training.sequence_length
-    flops = flops_per_token(config.model, inputs.vocab_size, training.sequence_length)
+    flops = flops_per_token(config.model, inputs.vocab_size, training.sequence_length, config.lora)
     error = None
     if limit is not None:
         try:

@@ -20,7 +20,6 @@ from rmft_jax.kernels import (
     SURROGATE,
     MaskedBatch,
     TaggedBatch,
-    example_counts,
     first_memorized,
     memorized,
     run_lengths,
@@ -113,34 +112,35 @@ def update_tracker(tracker: dict, batch: TaggedBatch, masked: MaskedBatch, hit: 
     batch: the rows as tagged; masked: the same, as the model was shown them. hit: bool [B, N-1], whether each next token was
     the likeliest. step: int32 [], the number of the step that the batch belongs to.
     """
-    counts, hit = tracker["counts"], place(hit, "batch")  # whole rows
-    rounds, slices = counts["hits"].shape
-    origin, is_target = masked.origin[:, 1:], target_mask(masked.segment_ids)
-    is_true = is_target & (origin != SURROGATE)
-    round = batch.epoch % rounds
-    first_slice = round[:, None] * slices
-    by_origin = slice_counts(hit, is_target, first_slice + origin, rounds * slices)
-    if slices > len(ORIGINS):
-        tag = jnp.take_along_axis(batch.tag, jnp.minimum(masked.source[:, 1:], batch.tag.shape[1] - 1), axis=1)
-        tagged = slice_counts(hit, is_true & (tag > 0), first_slice + len(ORIGINS) - 1 + tag, rounds * slices)
-        by_origin = jax.tree.map(jnp.add, by_origin, tagged)
-    hits, targets = (x.reshape(rounds, slices).astype(jnp.uint32) for x in by_origin)
-    right = memorized(hit, is_true)
-    runs = run_lengths(right, masked.segment_ids[:, 1:], counts["lengths"].shape[1])
-    lengths = jax.ops.segment_sum(runs.histogram, round, rounds).astype(jnp.uint32)
-    new = {"hits": counts["hits"] + hits, "targets": counts["targets"] + targets, "lengths": counts["lengths"] + lengths}
+    counts = tracker["counts"]
+    (rounds, slices), bins = counts["hits"].shape, counts["lengths"].shape[1]
+    of_rows = _count_rows(batch, masked, place(hit, "batch"), slices, bins)  # whole rows
+    together = jnp.concatenate([batch.example[:, None], batch.epoch[:, None] % rounds, *of_rows], axis=1)
+    together = place(together, None)  # all that devices tell each other, at once
+    example, round = together[:, 0], together[:, 1]
+    gain = jax.ops.segment_sum(together[:, 2:], round, rounds).astype(jnp.uint32)
+    parts = jnp.split(gain, (slices, 2 * slices), axis=1)
+    new = {name: counts[name] + part for name, part in zip(("hits", "targets", "lengths"), parts, strict=True)}
     if "examples" not in tracker:
         return {"counts": new | {"whole": counts["whole"]}}
-    examples = _update_examples(tracker["examples"], batch.example, right, is_true, step)
+    hits, targets = (jnp.sum(together[:, begin : begin + 2], axis=1) for begin in (2, 2 + slices))  # text, pii
+    examples = {
+        "hits": tracker["examples"]["hits"].at[example].add(hits.astype(jnp.uint32)),
+        "targets": tracker["examples"]["targets"].at[example].add(targets.astype(jnp.uint32)),
+        "first": first_memorized(tracker["examples"]["first"], example, (targets > 0) & (hits == targets), step),
+    }
     whole = jnp.sum(examples["first"] >= 0, dtype=jnp.int32)
     return {"counts": new | {"whole": whole}, "examples": examples}
 
 
-def _update_examples(examples: dict, example, right, is_true, step) -> dict:
-    rows = example, *example_counts(right, is_true)
-    example, hits, targets = (place(x, None) for x in rows)  # a few numbers everywhere, not a sum over all examples
-    return {
-        "hits": examples["hits"].at[example].add(hits.astype(jnp.uint32)),
-        "targets": examples["targets"].at[example].add(targets.astype(jnp.uint32)),
-        "first": first_memorized(examples["first"], example, (targets > 0) & (hits == targets), step),
-    }
+def _count_rows(batch: TaggedBatch, masked: MaskedBatch, hit, slices: int, bins: int) -> tuple:
+    """Return hits and targets of each slice, int32 [B, slices], and runs by their length, int32 [B, bins], of each row."""
+    origin, is_target = masked.origin[:, 1:], target_mask(masked.segment_ids)
+    is_true = is_target & (origin != SURROGATE)
+    count = jax.vmap(slice_counts, in_axes=(0, 0, 0, None))
+    of_slices = count(hit, is_target, origin, len(ORIGINS))
+    if slices > len(ORIGINS):
+        tag = jnp.take_along_axis(batch.tag, jnp.minimum(masked.source[:, 1:], batch.tag.shape[1] - 1), axis=1)
+        of_tags = count(hit, is_true, tag - 1, slices - len(ORIGINS))
+        of_slices = [jnp.concatenate(pair, axis=1) for pair in zip(of_slices, of_tags, strict=True)]
+    return *of_slices, run_lengths(memorized(hit, is_true), masked.segment_ids[:, 1:], bins).histogram
