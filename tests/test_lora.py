@@ -141,7 +141,7 @@ def test_on_a_mesh_the_losses_are_the_same(tiny, prepared, sizes):
 
 
 def test_a_run_resumes_audits_and_starts_others(tiny, tmp_path):
-    base = train(tiny("name=base", "masking.policy=none", "training.steps=6"))
+    base = train(tiny("name=lora-base", "masking.policy=none", "training.steps=6"))
     more = ["lora.rank=2", f"training.init_from={base}", "training.steps=8", "training.learning_rate=1e-2"]
     run = train(tiny("name=lora", *more))
     checkpoints, last = Checkpoints.open(run)
