@@ -10,6 +10,14 @@ import numpy as np
 from rmft_jax.data.blocks import Blocks, as_batch
 from rmft_jax.kernels import TaggedBatch
 
+_KEPT_BYTES = 256 << 20
+
+
+def shuffled(blocks: int, seed: int) -> grain.MapDataset:
+    """Return the endless sequence of shuffled epochs: (block, epoch) at each place."""
+    order = grain.MapDataset.range(blocks).seed(seed).shuffle().repeat(None)
+    return order.map_with_index(lambda index, block: (block, index // blocks))
+
 
 def batches(
     blocks: Blocks, *, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1
@@ -23,14 +31,34 @@ def batches(
       batch_size: B, sequences per step over all processes, divisible by `processes`.
       seed: of the shuffle; each epoch has an order of its own.
     """
-    size = len(blocks)
-    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat(None)
-    examples = order.map_with_index(lambda index, block: (block, index // size))
-    local = examples[start * batch_size + process :: processes]
-    rows = local.map(lambda pair: blocks[int(pair[0])] | {"epoch": np.int32(pair[1])})
-    yield from rows.batch(batch_size // processes, batch_fn=as_batch).to_iter_dataset(
+    local, rows = shuffled(len(blocks), seed)[start * batch_size + process :: processes], _Rows(blocks)
+    yield from local.batch(batch_size // processes, batch_fn=rows.batch).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
+
+
+class _Rows:
+    """Rows by number. Those of a small corpus are kept once they are made: a row takes longer to make than a small model to
+    learn it."""
+
+    def __init__(self, blocks: Blocks):
+        self._blocks, self._table = blocks, None
+        first = blocks[0]
+        if len(blocks) * sum(value.nbytes for value in first.values()) <= _KEPT_BYTES:
+            self._table = {name: np.empty((len(blocks), *value.shape), value.dtype) for name, value in first.items()}
+            self._made = np.zeros(len(blocks), bool)
+
+    def batch(self, pairs: list[tuple[int, int]]) -> TaggedBatch:
+        """Return the rows of (block, epoch) pairs."""
+        numbers, epochs = np.array(pairs, np.int64).T
+        if self._table is None:
+            return as_batch([self._blocks[number] for number in numbers])._replace(epoch=epochs.astype(np.int32))
+        for number in numbers[~self._made[numbers]]:  # two threads may both make a row: they write the same
+            for name, value in self._blocks[number].items():
+                self._table[name][number] = value
+            self._made[number] = True
+        rows = {name: table[numbers] for name, table in self._table.items()}
+        return TaggedBatch(**rows)._replace(epoch=epochs.astype(np.int32))
 
 
 def sequential_batches(blocks: Blocks, *, batch_size: int) -> Iterator[tuple[TaggedBatch, np.ndarray]]:
