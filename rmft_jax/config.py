@@ -23,7 +23,8 @@ from rmft_jax.includes import merge, read_includes, read_tree
 class SourceConfig:
     """Where the text comes from.
 
-    format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line).
+    format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line) |
+    python_docs (the help topics that come with the Python in use, a document each).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
@@ -318,6 +319,8 @@ class TrainingConfig:
     attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
+    objective: causal | masked (each token is hidden with probability `mask_share` and guessed from all others of its
+    document; Devlin et al. 2019, without replacements other than the mask; for `rmft study scaling` alone).
     """
 
     batch_size: int = 16
@@ -347,6 +350,8 @@ class TrainingConfig:
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
+    objective: str = "causal"
+    mask_share: float = 0.15
 
 
 @dataclass(frozen=True)
@@ -432,6 +437,56 @@ class AuditConfig:
 
 
 @dataclass(frozen=True)
+class ArmConfig:
+    """One arm of an experiment. vary: what it changes in the config.
+
+    passes: how often the special batch is shown, 0 = never, the control. spacing: epochs between one pass and the next,
+    0 = one right after the other. ids: prepended (each block begins with a token of its own in the place of its context) |
+    vocabulary (there are as many tokens more, but none is used) | none.
+    """
+
+    vary: dict[str, typing.Any] = field(default_factory=dict)
+    passes: int = 0
+    spacing: float = 0.0
+    ids: str = "none"
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """An experiment of `rmft study scaling`: every arm at every size, under every seed.
+
+    sizes: of the ladder, empty = all. changes: to the config, of all arms; with other data they are prepared apart.
+    epochs: how many each takes at most. until: all of a size stop once each has memorized this share of its training text,
+    0 = never. inject_at: after how many epochs the special batch, a batch of held-out blocks, is shown (of spaced passes,
+    the first), 0 = there is none. score_training: score the training text as it stands after each round too. rounds: how
+    many an epoch has; after each, held-out text is scored.
+    """
+
+    sizes: tuple[str, ...] = ()
+    changes: dict[str, typing.Any] = field(default_factory=dict)
+    epochs: int = 100
+    until: float = 0.0
+    inject_at: int = 0
+    score_training: bool = False
+    rounds: int = 1
+    arms: dict[str, ArmConfig] = field(default_factory=lambda: {"plain": ArmConfig()})
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """The ladder of sizes of `rmft study scaling` and what is done with it.
+
+    ladder: name -> what it changes in the config. taus: shares of the training text.
+    side_by_side: seeds and arms of one shape in one program; false = one after the other, each split over config.mesh.
+    """
+
+    ladder: dict[str, dict] = field(default_factory=dict)
+    taus: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+    side_by_side: bool = True
+    experiments: dict[str, ExperimentConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -440,12 +495,14 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
+    scaling: what `rmft study scaling` takes in the place of methods, budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
     seeds: int = 3
     budgets: tuple[str, ...] = ("epochs", "updates")
     pretrain: dict[str, typing.Any] = field(default_factory=dict)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
 
 
 @dataclass(frozen=True)
@@ -526,7 +583,7 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "dp": lambda config: config.privacy.on,
 }
 _CHOICES = {
-    "source.format": ("synthetic", "jsonl", "text"),
+    "source.format": ("synthetic", "jsonl", "text", "python_docs"),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
@@ -538,6 +595,7 @@ _CHOICES = {
     "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.optimizer": ("adamw", "adafactor", "lion", "muon"),
     "training.schedule": ("linear", "cosine", "wsd"),
+    "training.objective": ("causal", "masked"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
     "training.attention": ("auto", "xla", "triton", "splash"),
@@ -603,6 +661,7 @@ _RANGES = {  # inclusive
     "training.skip_above": (0.0, None),
     "training.steps_per_dispatch": (1, 10_000),
     "training.profile_at": (0, None),
+    "training.mask_share": (0.01, 0.99),
     "training.log_every": (1, None),
     "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
@@ -700,6 +759,8 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if privacy.on and training.accumulation > 1:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
+    if training.objective == "masked" and config.loss.elr_weight:
+        yield "training.objective is masked and loss.elr_weight is set: they do not work together here, leave one out"
     tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
     if privacy.on and tracker.enabled:
         yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"
@@ -707,7 +768,7 @@ def _rules(config: Config) -> typing.Iterator[str]:
         yield "tracker.tags and tracker.tag_names go together: set both or neither"
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
         yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
-    if config.source.format != "synthetic" and not config.source.path:
+    if config.source.format in ("jsonl", "text") and not config.source.path:
         yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
     yield from _pii_rules(config)
     canary = config.canary
@@ -905,9 +966,12 @@ def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typin
     if typing.get_origin(kind) is tuple:
         item_kind = typing.get_args(kind)[0]
         items = value if isinstance(value, (list, tuple)) else [] if value in ("", None) else [value]
+        if item_kind is float:
+            items = [float(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in items]
         if all(isinstance(item, item_kind) and not isinstance(item, bool) for item in items):
             return tuple(items)
-        what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]"}[item_kind]
+        what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]", float: "numbers, such as [0.5, 1]"}
+        what = what[item_kind]
         raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what}")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value

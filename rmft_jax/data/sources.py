@@ -35,9 +35,14 @@ def read_documents(config: SourceConfig) -> Documents:
 
         texts = [item["text"] for item in synthetic_mail(config.limit or 500, seed=config.seed)]
         documents.train = [_cut(text, config) for text in texts]
+    elif config.format == "python_docs":
+        from pydoc_data.topics import topics
+
+        texts = [topics[name] for name in sorted(topics)]
+        documents.train = [_cut(text, config) for text in texts[: config.limit or None]]
     else:
         documents.train = _read(config, config.path, config.limit, documents)
-    if config.format != "synthetic" and config.heldout_path:
+    if config.format in ("jsonl", "text") and config.heldout_path:
         documents.heldout = _read(config, config.heldout_path, config.heldout_limit, documents)
     else:
         _set_aside(documents, config)

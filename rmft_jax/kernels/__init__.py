@@ -1,6 +1,14 @@
 """Pure, jittable array functions, usable in any JAX program: they import nothing of rmft_jax outside this room."""
 
-from rmft_jax.kernels.attention import attention, causal_attention, causal_mask, document_positions, rotary, rotary_angles
+from rmft_jax.kernels.attention import (
+    attention,
+    causal_attention,
+    causal_mask,
+    document_mask,
+    document_positions,
+    rotary,
+    rotary_angles,
+)
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
 from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
 from rmft_jax.kernels.exposure import exposure_by_rank
@@ -45,7 +53,8 @@ from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_refer
 __all__ = [
     "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE",
     "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights",
-    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_positions", "draw_surrogates",
+    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_mask", "document_positions",
+    "draw_surrogates",
     "early_learning_penalty", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
     "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "loss_score", "mask_batch", "memorized",
     "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",

@@ -76,6 +76,11 @@ def causal_mask(segment_ids: jax.Array, window: int = 0) -> jax.Array:
     return causal & same & (segment_ids > 0)[:, None, :]
 
 
+def document_mask(segment_ids: jax.Array) -> jax.Array:
+    """Return bool [B, T, T]: each position sees all of its own document. segment_ids: int32 [B, T], 0 = padding."""
+    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, None, :]
+
+
 def document_positions(segment_ids: jax.Array) -> jax.Array:
     """Return the place of each token in its document, int32 [B, T], from 0. segment_ids: int32 [B, T]."""
     place = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)

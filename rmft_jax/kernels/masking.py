@@ -70,6 +70,7 @@ class MaskedBatch(NamedTuple):
     source: int32 [B, N], the position in the tagged row that each token stands for; W = padding.
     shown: bool [B, S], True where a true PII value stands in the row as a whole.
     cut: int32 [B], tokens that surrogates pushed out of the row.
+    asked: bool [B, N], for a masked language model: the tokens that it is to guess; None for one that reads left to right.
     """
 
     tokens: jax.Array
@@ -78,6 +79,7 @@ class MaskedBatch(NamedTuple):
     source: jax.Array
     shown: jax.Array
     cut: jax.Array
+    asked: jax.Array | None = None
 
 
 class Rule(NamedTuple):

@@ -20,6 +20,7 @@ from rmft_jax.kernels import (
     attention,
     causal_attention,
     causal_mask,
+    document_mask,
     document_positions,
     fused_attention,
     rotary,
@@ -62,7 +63,7 @@ _GELU = {"gelu": functools.partial(jax.nn.gelu, approximate=False), "gelu_new": 
 # Up to so many blocks are written out one after the other; more are a loop over one, whose program is as small however deep
 # the model is. The loop copies what the backward pass needs of each block: on CPU a sixth of the step. Under remat it is
 # always a loop: written out, XLA finds what is computed twice and keeps it after all.
-UNROLL = 8
+UNROLL = 12
 
 # What is kept of each block for the backward pass: all, its input alone, or that and the results of its matrix products.
 REMAT = {
@@ -292,6 +293,7 @@ def hidden(
     remat: str = "none",
     fused: str = "",
     interpret: bool = False,
+    causal: bool = True,
 ) -> jax.Array:
     """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
@@ -301,9 +303,12 @@ def hidden(
       al. 2014); at 0 the program holds no draws and needs no key.
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
     fused: a name in FUSED_ATTENTION that can serve this model here, "" = plain XLA; interpret: as `fused_attention` has it.
+    causal: False lets each token see all of its document, which neither `fused` nor a local window does.
     """
+    if not causal and (fused or config.local_window):
+        raise ValueError("fused kernels and local windows look back alone")
     angles = _angles(config, jnp.arange(tokens.shape[1])[None])
-    mask = causal_mask(segment_ids)
+    mask = causal_mask(segment_ids) if causal else document_mask(segment_ids)
     local_mask = causal_mask(segment_ids, config.local_window) if config.local_window else None
     blocks = 1 if jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1 else 4  # cut positions stay where they are
 
@@ -315,6 +320,8 @@ def hidden(
         def attend(q, k, v):
             if fused:
                 return _fused(q, k, v, segment_ids, config.attention_scale, fused, interpret), None
+            if not causal:
+                return attention(q, k, v, mask, config.attention_scale), None
             seen = mask if is_local is None else jnp.where(is_local, local_mask, mask)
             return causal_attention(q, k, v, seen, config.attention_scale, blocks), None
 

@@ -40,6 +40,8 @@ def _why_not(config: Config, mesh: Mesh, name: str, platform: str) -> str:
         return f"mesh.context is {mesh.shape['context']}, and the kernel needs whole rows"
     if config.privacy.on:
         return "DP-SGD takes the gradient of each row alone"
+    if config.training.objective == "masked":
+        return "a masked language model reads in both directions"
     model, length = config.model, config.training.sequence_length
     shape = {"head_dim": model.head_dim, "length": length, "local_window": model.local_window}
     return why_not_fused(name, platform=platform, **shape)

@@ -59,6 +59,8 @@ def train(config: Config) -> Path:
     tracker.enabled memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers
     as an undisturbed one; a finished one stays.
     """
+    if config.training.objective != "causal":
+        raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
     plan = make_plan(config, len(blocks))

@@ -25,10 +25,12 @@ def dropout_key(seed: int, step: jax.Array) -> jax.Array:
 def token_weights(config: LossConfig, masked: MaskedBatch) -> jax.Array:
     """Return the weight of each next token in the loss, [B, N-1], as bool while the weights of origins are 1, else float32.
 
-    It is 0 where the token is no target at all (`target_mask`) or the goldfish mask, given the tokens that the model is
-    shown, drops it; else pii_weight, surrogate_weight or 1, by the token's origin.
+    It is 0 where the token is no target at all (`target_mask`), is not asked for, or the goldfish mask, given the tokens
+    that the model is shown, drops it; else pii_weight, surrogate_weight or 1, by the token's origin.
     """
     weights = target_mask(masked.segment_ids)
+    if masked.asked is not None:
+        weights &= masked.asked[:, 1:]
     if config.goldfish != "none":
         kept = goldfish_mask(
             masked.tokens, masked.segment_ids, mode=config.goldfish, k=config.goldfish_k, context=config.goldfish_context
@@ -56,9 +58,9 @@ def weighted_loss(
     regularization takes its targets from. key: of dropout. Either is needed only where it is switched on.
     """
     training, dtype = config.training, DTYPES[config.training.dtype]
-    inputs, targets = (masked.tokens[:, :-1], masked.segment_ids[:, :-1]), masked.tokens[:, 1:]
+    inputs, targets = shown_tokens(params, masked), masked.tokens[:, 1:]
     cast = jax.tree.map(lambda x: x.astype(dtype), params)
-    how = {"remat": training.remat, "fused": fused_name(config)}
+    how = {"remat": training.remat, "fused": fused_name(config), "causal": masked.asked is None}
     features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, **how)
     total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
     if config.loss.elr_weight:
@@ -66,6 +68,23 @@ def weighted_loss(
         earlier = forward(jax.lax.stop_gradient(average), config.model, *inputs, dtype=dtype)
         total += config.loss.elr_weight * jnp.sum(weights * early_learning_penalty(logits, earlier))
     return total, scores
+
+
+def ask(masked: MaskedBatch, config: Config, key: jax.Array) -> MaskedBatch:
+    """Return the batch with the tokens that a masked language model is to guess, drawn with training.mask_share."""
+    return masked._replace(asked=jax.random.bernoulli(key, config.training.mask_share, masked.tokens.shape))
+
+
+def shown_tokens(params: dict, masked: MaskedBatch) -> tuple[jax.Array, jax.Array]:
+    """Return tokens and segment_ids, int32 [B, N-1], of which the model computes what stands at targets [:, 1:].
+
+    Those before the targets or, for a masked language model, the targets themselves with the last row of the embedding in
+    the place of each token that is asked for.
+    """
+    if masked.asked is None:
+        return masked.tokens[:, :-1], masked.segment_ids[:, :-1]
+    hide = len(params["embed"]) - 1
+    return jnp.where(masked.asked, hide, masked.tokens)[:, 1:], masked.segment_ids[:, 1:]
 
 
 def spread_cross_entropy(features, output, targets, weights, config: Config) -> tuple[jax.Array, CrossEntropy]:

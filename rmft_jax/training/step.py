@@ -9,18 +9,26 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rmft_jax.config import Config
-from rmft_jax.kernels import SurrogateBank, TaggedBatch, average_weights, mask_batch, target_mask
+from rmft_jax.config import Config, LossConfig
+from rmft_jax.kernels import CrossEntropy, MaskedBatch, SurrogateBank, TaggedBatch, average_weights, mask_batch
 from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
 from rmft_jax.models.lora import init_adapters, with_adapters
 from rmft_jax.training.attention import fused_name
-from rmft_jax.training.losses import DTYPES, dropout_key, loss_and_gradient, spread_cross_entropy
+from rmft_jax.training.losses import (
+    DTYPES,
+    ask,
+    dropout_key,
+    loss_and_gradient,
+    shown_tokens,
+    spread_cross_entropy,
+    token_weights,
+)
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
 from rmft_jax.training.privacy import private_gradient
 from rmft_jax.training.tracker import TrackerShape, init_tracker, update_tracker
 
-_LORA = 0x6C6F7261  # stream of random bits
+_LORA, _ASK = 0x6C6F7261, 0x61736B  # streams of random bits
 
 
 def init_state(
@@ -29,15 +37,18 @@ def init_state(
     identities: int,
     optimizer: optax.GradientTransformation,
     tracker: TrackerShape | None = None,
+    *,
+    seed: jax.Array | None = None,
 ) -> dict:
     """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
     guard: what `accept` needs to know of earlier steps. Under LoRA also adapters, which are what is trained then, and
     adapter_scale; with early-learning regularization also average, the average of what is trained; with the sizes of a
-    tracker also tracker (`training.tracker`).
+    tracker also tracker (`training.tracker`). seed: int [], in the place of config.seed.
     """
-    key = jax.random.key(config.seed, impl="threefry2x32")
-    params, adapters = init_params(config.model, vocab_size, key), {}
+    key = jax.random.key(config.seed if seed is None else seed, impl="threefry2x32")
+    hide = config.training.objective == "masked"  # the token that stands for a hidden one
+    params, adapters = init_params(config.model, vocab_size + hide, key), {}
     if config.lora.rank:
         adapters["adapters"] = init_adapters(params, config.lora, jax.random.fold_in(key, _LORA))
         adapters["adapter_scale"] = jnp.float32(config.lora.alpha / config.lora.rank)
@@ -63,22 +74,31 @@ def model_of(state: dict) -> dict:
 
 
 def train_step(
-    state: dict, batch: TaggedBatch, bank: SurrogateBank, *, config: Config, optimizer: optax.GradientTransformation
+    state: dict,
+    batch: TaggedBatch,
+    bank: SurrogateBank,
+    *,
+    config: Config,
+    optimizer: optax.GradientTransformation,
+    seed: jax.Array | None = None,
 ) -> tuple[dict, dict]:
     """Mask the batch, take one optimizer step, and note which true PII values the model was shown.
 
-    batch holds the rows as tagged: masking happens here, inside the compiled program. Returns the new state and metrics,
-    scalars but for the counts of a tracker.
+    batch holds the rows as tagged: masking happens here, inside the compiled program. seed: int [], in the place of
+    config.seed. Returns the new state and metrics, scalars but for the counts of a tracker.
     """
+    seed = config.seed if seed is None else seed
     masked = mask_batch(
         batch,
         bank,
-        masking_key(config.seed),
+        masking_key(seed),
         length=config.training.sequence_length + 1,
         rules=masking_rules(config),
     )
+    if config.training.objective == "masked":
+        masked = ask(masked, config, jax.random.fold_in(dropout_key(seed, state["step"]), _ASK))
     masked = jax.tree.map(lambda x: place(x, "batch"), masked)  # whole rows: surrogates move tokens across any cut
-    key = dropout_key(config.seed, state["step"]) if config.training.dropout else None
+    key = dropout_key(seed, state["step"]) if config.training.dropout else None
     part = "adapters" if config.lora.rank else "params"
     frozen = {"frozen": state["params"]} if config.lora.rank else {}
     if config.privacy.on:
@@ -164,11 +184,25 @@ def compile_eval_step(config: Config, mesh: Mesh) -> Callable:
     """Return the jitted `(params, batch) -> (nll float32 [B, W-1], is_target, is_pii)` on unmasked rows."""
 
     def step(params, batch: TaggedBatch):
-        segments, targets = batch.segment_ids, target_mask(batch.segment_ids)
         with placement(mesh):
-            params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
-            features = hidden(params, config.model, batch.tokens[:, :-1], segments[:, :-1], fused=fused_name(config))
-            _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
+            scores, targets = score_unmasked(params, batch, config)
         return scores.nll, targets, batch.component[:, 1:] > 0
 
     return jax.jit(step, in_shardings=(None, batch_sharding(mesh)), out_shardings=replicated(mesh))
+
+
+def score_unmasked(params: dict, batch: TaggedBatch, config: Config) -> tuple[CrossEntropy, jax.Array]:
+    """Return the CrossEntropy of each next token of the rows as they stand, [B, W-1], and which are targets, bool.
+
+    Of a masked language model those are targets that one draw, always the same, asks for.
+    """
+    nothing = jnp.zeros_like(batch.tokens)
+    rows = MaskedBatch(batch.tokens, batch.segment_ids, nothing, nothing, nothing, nothing)
+    if config.training.objective == "masked":
+        rows = ask(rows, config, jax.random.key(_ASK))
+    targets = token_weights(LossConfig(), rows)
+    params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
+    shown = shown_tokens(params, rows)
+    features = hidden(params, config.model, *shown, fused=fused_name(config), causal=rows.asked is None)
+    _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
+    return scores, targets

@@ -136,6 +136,8 @@ def update_tracker(tracker: dict, batch: TaggedBatch, masked: MaskedBatch, hit: 
 def _count_rows(batch: TaggedBatch, masked: MaskedBatch, hit, slices: int, bins: int) -> tuple:
     """Return hits and targets of each slice, int32 [B, slices], and runs by their length, int32 [B, bins], of each row."""
     origin, is_target = masked.origin[:, 1:], target_mask(masked.segment_ids)
+    if masked.asked is not None:
+        is_target &= masked.asked[:, 1:]
     is_true = is_target & (origin != SURROGATE)
     count = jax.vmap(slice_counts, in_axes=(0, 0, 0, None))
     of_slices = count(hit, is_target, origin, len(ORIGINS))
