@@ -180,13 +180,13 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: rmft.")],
+    name: Annotated[str, typer.Argument(help="Which study: rmft or scaling.")],
     config: ConfigPath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Repeat a published study: train, attack and compare every method under several seeds; what holds, what does not."""
+    """Repeat a published study under several seeds: what holds, what does not."""
     from rmft_jax.config import load_config
     from rmft_jax.devices import use_cores
     from rmft_jax.studies import run_study
@@ -206,7 +206,7 @@ def study(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="masking, tracker, train, generate, scaling, detect, dedup or audit.")],
+    name: Annotated[str, typer.Argument(help="masking, tracker, train, generate, scaling, ..., see README.")],
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="A config [default: the demo's].")] = None,
     peer: Annotated[str, typer.Option(help="The rival to measure beside it [default: the benchmark's own].")] = "",

@@ -16,6 +16,8 @@ from rmft_jax.errors import UserError
 BENCHES = {
     "masking": "the train step with on-device masking against the step without",
     "tracker": "the train step with memorization followed against the step without",
+    "dispatch": "many steps handed over at once, against one at a time",
+    "side_by_side": "eight small models in one program, against one after the other",
     "detect": "finding and tagging personal data, against presidio-analyzer",
     "generate": "prefill and greedy decoding of a model, against transformers",
     "audit": "greedy decoding of the audit's prompts, against transformers",

@@ -36,7 +36,7 @@ MFU = "tokens/s x (6 x weights in matrix products + 6 x layers x heads x head wi
 _VOCABULARY = 2048  # of the text: the bundled corpus fills no larger one; the model has the config's own
 
 
-def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0) -> dict:
+def run(config: Config, peer: str = "", *, runs: int = 10, seconds: float = 1.0) -> dict:
     """Time training steps of this library and of the peer, in turn, from token ids on the host to updated weights.
 
     Ours is the step of `rmft train`: masking on the device, documents that do not see each other, which tokens were
@@ -45,6 +45,8 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
     `torch.compile`, and the faster of the two counts. `none` measures ours alone.
 
     A pair is four samples in mirrored order (ABBA), of as many steps each as take about `seconds`; the mean of two counts.
+    Before each sample one step is taken that is not timed: a first step after the other's finds its threads still spinning
+    and its own memory given back, which in a training of one of the two happens once.
 
     Returns name, device, versions, unit, shape, value and peer_value (medians, tokens a second), ratio (median over the
     pairs), parameters, flops_per_token, mfu and peer_mfu (None where the device's peak is not known), mfu_formula,
@@ -55,7 +57,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
     if peer not in ("", "transformers", "none"):
         raise UserError(f"unknown peer {peer!r} for the benchmark train: choose transformers or none")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both live on one GPU
-    prepared, blocks = _data(config)
+    prepared, blocks = tagged_text(config)
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, config.tokenizer.vocab_size)
     config = choose_attention(config, mesh)
@@ -76,7 +78,9 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
         order = names if number % 2 else [{"ours": "peer", "peer": "ours"}[n] if peer != "none" else n for n in names]
         spent = dict.fromkeys(models, 0.0)
         for name in order:
-            spent[name] += _time(models[name], [next(source) for _ in range(counts[name])])
+            warm_up, *timed = [next(source) for _ in range(1 + counts[name])]
+            models[name]([warm_up])
+            spent[name] += _time(models[name], timed)
         pairs.append([2 * counts[name] * tokens / spent[name] for name in models])
     value, *rival = np.median(pairs, axis=0).tolist()
     flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.training.sequence_length, config.lora)
@@ -109,7 +113,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15, seconds: float = 1.0)
     }
 
 
-def _data(config: Config) -> tuple[Prepared, Blocks]:
+def tagged_text(config: Config) -> tuple[Prepared, Blocks]:
     """Return blocks of real, tagged text: the config's own data if they are prepared, else the bundled corpus."""
     if (config.data_dir / "manifest.json").exists():
         prepared = load_prepared(config)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rmft_jax.files import write_text
 from rmft_jax.report.plots import charts, style_classes
+from rmft_jax.report.scaling import scaling_charts, scaling_table
 from rmft_jax.report.verdict import verdict
 from rmft_jax.report.view import MISSING, View, is_number, lookup, show
 
@@ -83,17 +84,26 @@ def summary_path(view: View, run: str, column: Column) -> tuple:
 
 
 @cache
-def _template() -> jinja2.Template:
-    source = resources.files(__package__).joinpath("template.html").read_text(encoding="utf-8")
+def template(name: str) -> jinja2.Template:
+    """Return one of the package's templates."""
+    read = lambda name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
+        loader=jinja2.FunctionLoader(read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True)
+    return environment.get_template(name)
+
+
+def is_scaling(results: dict) -> bool:
+    """Return whether the results are those of `rmft study scaling`, which have a page of their own."""
+    return (results.get("study") or {}).get("name") == "scaling"
 
 
 def render(results: dict) -> str:
     """Return the report page."""
     view = View(results)
-    return _template().render(
+    if is_scaling(results):
+        return template("scaling.html").render(view=view, charts=scaling_charts(view), classes=style_classes)
+    return template("template.html").render(
         view=view, num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view),
         charts=charts(view), classes=style_classes, attacks=attacks(view), path_of=partial(summary_path, view))
 
@@ -114,6 +124,8 @@ def _cell(view: View, path: tuple) -> str:
 
 def text_table(results: dict) -> Table:
     """Return the summary, one row per run: each figure stands over the low and high end of its interval."""
+    if is_scaling(results):
+        return scaling_table(results)
     view = View(results)
     caption = Text(
         f"Last checkpoint, prompt set {view.headline}; cuts are means over checkpoints against "

@@ -39,12 +39,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page: its heading, its note and the drawing."""
+    """One figure of the page: its heading, its note, the drawing, and slot and name of its lines where they are no runs."""
 
     key: str
     heading: str
     note: str
     svg: Markup
+    names: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -179,18 +180,21 @@ def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str, names: li
 
 def line_chart(
         lines: list, label: str, x_label: str, from_zero: bool = True, stepped: bool = False,
-        names: list | None = None) -> Markup:
+        names: list | None = None, log_x: bool = False) -> Markup:
     """Return the lines as an inline SVG chart.
 
     label: what a screen reader says. from_zero: the y axis starts at zero. stepped: steps over an x axis
     that starts where the values do, not at zero. names: of the places 0, 1, ... of the x axis, in place of numbers.
+    log_x: the x axis, of positive values, is logarithmic.
     """
     x_values = [point.x for line in lines for point in line.points] or [0, 1]
     x_at = linear_ticks(min(x_values) if stepped else min(0, min(x_values)), max(x_values))
     if names:
         x_at = list(range(len(names)))
+    if log_x:
+        x_at = log_ticks(min(x_values), max(x_values))
     y_at, log = y_ticks(lines, from_zero)
-    x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP, log)
+    x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT, log_x), Axis(y_at[0], y_at[-1], BOTTOM, TOP, log)
     if log:
         x_label += " (y: log scale)"
     parts = [_draw_axes(x, x_at, y, y_at, x_label, names)]

@@ -10,7 +10,10 @@ import importlib
 from rmft_jax.config import Config
 from rmft_jax.errors import UserError
 
-STUDIES = {"rmft": "randomized masked fine-tuning against its rivals"}
+STUDIES = {
+    "rmft": "randomized masked fine-tuning against its rivals",
+    "scaling": "how fast models of different sizes memorize, and forget",
+}
 
 
 def run_study(name: str, config: Config, *, command: str) -> dict:
