@@ -24,7 +24,8 @@ class SourceConfig:
     """Where the text comes from.
 
     format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line) |
-    python_docs (the help topics that come with the Python in use, a document each).
+    python_docs (the help topics that come with the Python in use, a document each) | tfds (a data set of TFDS: path is its
+    name, or the folder that it was prepared in, split the part to read, heldout_path another split).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
@@ -32,6 +33,7 @@ class SourceConfig:
 
     format: str = "synthetic"
     path: str = ""
+    split: str = "train"
     text_field: str = "text"
     separator: str = "<|endoftext|>"
     limit: int = 500
@@ -457,9 +459,9 @@ class ExperimentConfig:
 
     sizes: of the ladder, empty = all. changes: to the config, of all arms; with other data they are prepared apart.
     epochs: how many each takes at most. until: all of a size stop once each has memorized this share of its training text,
-    0 = never. inject_at: after how many epochs the special batch, a batch of held-out blocks, is shown (of spaced passes,
-    the first), 0 = there is none. score_training: score the training text as it stands after each round too. rounds: how
-    many an epoch has; after each, held-out text is scored.
+    0 = never. inject_at: after how many epochs the special batch is shown (of spaced passes, the first), 0 = there is
+    none; it is a batch of held-out blocks, at most half of all. score_training: score the training text as it stands after
+    each round too. rounds: how many an epoch has; after each, held-out text is scored.
     """
 
     sizes: tuple[str, ...] = ()
@@ -583,7 +585,7 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "dp": lambda config: config.privacy.on,
 }
 _CHOICES = {
-    "source.format": ("synthetic", "jsonl", "text", "python_docs"),
+    "source.format": ("synthetic", "jsonl", "text", "python_docs", "tfds"),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
@@ -768,8 +770,9 @@ def _rules(config: Config) -> typing.Iterator[str]:
         yield "tracker.tags and tracker.tag_names go together: set both or neither"
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
         yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
-    if config.source.format in ("jsonl", "text") and not config.source.path:
-        yield f"source.path is empty: name the {config.source.format} file, or set source.format=synthetic"
+    if config.source.format in ("jsonl", "text", "tfds") and not config.source.path:
+        what = "data set" if config.source.format == "tfds" else "file"
+        yield f"source.path is empty: name the {config.source.format} {what}, or set source.format=synthetic"
     yield from _pii_rules(config)
     canary = config.canary
     if canary.count and (min(canary.repetitions, default=0) < 1 or len(set(canary.repetitions)) < len(canary.repetitions)):
@@ -876,6 +879,23 @@ def with_changes(config: Config, changes: dict, where: str = "the changes") -> C
 def to_dict(config: Config) -> dict:
     """Return the resolved config as plain nested dicts, ready for YAML or JSON."""
     return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+def first_difference(old: dict, new: dict, defaults: dict, prefix: str = "") -> str:
+    """Return the first key whose value differs and how, '' if there is none.
+
+    What `old` lacks, settings that came in after it was written, counts as it is in `defaults`.
+    """
+    for key, value in new.items():
+        default = defaults.get(key)
+        before = old.get(key, default)
+        if isinstance(value, dict) and isinstance(before, dict):
+            default = default if isinstance(default, dict) else {}
+            if found := first_difference(before, value, default, f"{prefix}{key}."):
+                return found
+        elif before != value:
+            return f"{prefix}{key} ({before!r}, not {value!r})"
+    return ""
 
 
 def to_yaml(config: Config) -> str:

@@ -1,5 +1,7 @@
 """From text to blocks without loss: round trips, ranks, and every token a target exactly once."""
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 from documents import blocks_of, check_round_trip, random_texts, tagged
 
-from rmft_jax.config import load_config
+from rmft_jax.config import SourceConfig, load_config
+from rmft_jax.data import loader
 from rmft_jax.data.loader import batches, sequential_batches
 from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -16,6 +19,7 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import target_mask
 from rmft_jax.pii.detector import detect
+from rmft_jax.training.loop import load_blocks
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 
@@ -160,3 +164,68 @@ def test_detection_of_addresses():
     for text, values in cases.items():
         assert [span.value for span in detect(text)] == values, text[:40]
     assert json.dumps([s.value for s in detect("a@b.co A@B.CO", ignore=frozenset({"a@b.co"}))]) == "[]"
+
+
+@pytest.fixture(scope="module")
+def tfds_folder(tmp_path_factory):
+    """Prepare a small data set of TFDS, as somebody else would; return its folder."""
+    import tensorflow_datasets as tfds
+
+    class SomeTexts(tfds.core.GeneratorBasedBuilder):
+        """Texts in two splits."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, description="Texts.", features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples("read", 6), "validation": self._generate_examples("kept", 2)}
+
+        def _generate_examples(self, word, count):
+            for number in range(count):
+                yield number, {"text": f"{word} {number} naïve"}
+
+    builder = SomeTexts(data_dir=str(tmp_path_factory.mktemp("tfds")), file_format="array_record")
+    builder.download_and_prepare()
+    return str(builder.data_path)
+
+
+def test_documents_come_from_a_data_set_of_tfds(tfds_folder):
+    config = SourceConfig(format="tfds", path=tfds_folder, heldout_path="validation")
+    documents = read_documents(config)
+    assert sorted(documents.train) == [f"read {number} naïve" for number in range(6)]
+    assert sorted(documents.heldout) == ["kept 0 naïve", "kept 1 naïve"]
+    sliced = read_documents(dataclasses.replace(config, split="train[:50%]", heldout_limit=1))
+    assert (len(sliced.train), len(sliced.heldout)) == (3, 1)
+
+
+def test_a_data_set_of_tfds_that_cannot_be_read_is_named(tfds_folder):
+    for settings, says in (
+        ({"path": "no_such_data_set_anywhere"}, "no_such_data_set_anywhere"),
+        ({"split": "test"}, "split test"),
+        ({"text_field": "body"}, "fields: text"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            read_documents(SourceConfig(**{"format": "tfds", "path": tfds_folder} | settings))
+        assert "\n" not in str(error.value)
+
+
+def test_the_help_topics_of_python_are_a_source():
+    from pydoc_data.topics import topics
+
+    documents = read_documents(SourceConfig(format="python_docs", limit=5, heldout_fraction=0.4))
+    assert len(documents.train) == 3 and len(documents.heldout) == 2
+    assert {*documents.train, *documents.heldout} == {topics[name] for name in sorted(topics)[:5]}
+
+
+def test_rows_that_are_kept_are_those_that_are_made(prepared, tiny, monkeypatch):
+    blocks, _ = load_blocks(tiny(), prepared)
+    taken = lambda: list(itertools.islice(batches(blocks, batch_size=8, seed=3), 2 * len(blocks) // 8))  # noqa: E731
+    kept = taken()
+    monkeypatch.setattr(loader, "_KEPT_BYTES", 0)
+    for one, two in zip(kept, taken(), strict=True):
+        for name, value in one._asdict().items():
+            np.testing.assert_array_equal(value, getattr(two, name), err_msg=name)
+            assert value.dtype == np.int32

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.step import _ASK, compile_train_step, init_state, score_unmasked
 from rmft_jax.training.tracker import TrackerShape
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 STUDY = {
     "source": {"format": "synthetic", "limit": 60, "heldout_fraction": 0.3},
     "tokenizer": {"vocab_size": 500},
@@ -285,3 +287,13 @@ def test_a_masked_model_is_not_for_rmft_train(masked_config, prepared):
     assert load_prepared(masked_config).directory == prepared.directory
     with pytest.raises(UserError, match="training.objective is masked"):
         train(masked_config)
+
+
+@pytest.mark.parametrize("name", ["scaling_cpu", "scaling_gpu"])
+def test_the_studies_that_come_with_the_project_are_sound(name):
+    config = load_config(CONFIGS / "studies" / f"{name}.yaml")
+    groups = plan_groups(config)
+    assert {group.size for group in groups} == set(config.study.scaling.ladder)
+    assert {"memorization", "forgetting", "pii"} <= {group.experiment for group in groups}
+    assert [list(group.arms) for group in groups if group.experiment == "pii"][:3] == [["none"], ["rmft"], ["ours"]]
+    assert all(group.config.training.weight_decay == 0 for group in groups)

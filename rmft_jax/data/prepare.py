@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmft_jax.config import Config, to_dict
+from rmft_jax.config import Config, first_difference, to_dict
 from rmft_jax.data.canaries import SPACE_BITS, identities_of, insert, make_canaries
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -64,7 +64,7 @@ def prepare(config: Config) -> dict:
     directory = config.data_dir
     if directory.exists():
         manifest = _manifest(directory)
-        changed = _difference(manifest["settings"], _settings(config))
+        changed = first_difference(manifest["settings"], _settings(config), _settings(Config()))
         if changed:
             raise UserError(
                 f"{directory} was prepared with another {changed}: choose another out=, or delete that directory"
@@ -79,7 +79,7 @@ def load_prepared(config: Config) -> Prepared:
     """Load what `prepare` left. Raises UserError when it is missing or was made with other settings than `config`."""
     directory = config.data_dir
     manifest = _manifest(directory)
-    changed = _difference(manifest["settings"], _settings(config))
+    changed = first_difference(manifest["settings"], _settings(config), _settings(Config()))
     if changed:
         raise UserError(f"{directory} was prepared with another {changed}: use the same value, or prepare another out=")
     mend = "run `rmft prepare` again in another out="
@@ -245,17 +245,6 @@ def _settings(config: Config) -> dict:
     canary = {key: tree["canary"][key] for key in ("count", "repetitions")} if config.canary.count else None
     masking = {"surrogates": config.masking.surrogates}
     return {name: tree[name] for name in _SECTIONS} | {"canary": canary, "masking": masking, "dedup": dedup}
-
-
-def _difference(old: dict, new: dict, prefix: str = "") -> str:
-    """Return the first key whose value differs, '' if there is none."""
-    for key in new:
-        if isinstance(new[key], dict) and isinstance(old.get(key), dict):
-            if found := _difference(old[key], new[key], f"{prefix}{key}."):
-                return found
-        elif old.get(key) != new[key]:
-            return f"{prefix}{key} ({old.get(key)!r}, not {new[key]!r})"
-    return ""
 
 
 def _manifest(directory: Path) -> dict:

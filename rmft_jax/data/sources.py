@@ -42,7 +42,7 @@ def read_documents(config: SourceConfig) -> Documents:
         documents.train = [_cut(text, config) for text in texts[: config.limit or None]]
     else:
         documents.train = _read(config, config.path, config.limit, documents)
-    if config.format in ("jsonl", "text") and config.heldout_path:
+    if config.format in ("jsonl", "text", "tfds") and config.heldout_path:
         documents.heldout = _read(config, config.heldout_path, config.heldout_limit, documents)
     else:
         _set_aside(documents, config)
@@ -77,7 +77,7 @@ def _cut(text: str, config: SourceConfig) -> str:
 
 
 def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> list[str]:
-    reader = _jsonl if config.format == "jsonl" else _text
+    reader = {"jsonl": _jsonl, "text": _text, "tfds": _tfds}[config.format]
     texts: list[str] = []
     try:
         for text, problem in reader(path, config):
@@ -116,6 +116,30 @@ def _jsonl(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
                 continue
             known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
             yield "", f"line {number} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
+
+
+def _tfds(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a split of the TFDS data set config.path; path: that for config.split, or the name of another."""
+    import tensorflow_datasets as tfds
+
+    split = config.split if path == config.path else path
+    try:
+        if Path(config.path).is_dir():
+            records = tfds.builder_from_directory(config.path).as_data_source(split)
+        else:
+            records = tfds.data_source(config.path, split=split)
+    except Exception as error:  # of many kinds: no such name, no network, no such split, another file format
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"TFDS data set {config.path}, split {split}, cannot be read ({reason[:200]})") from None
+    for number, record in enumerate(records):
+        text = record.get(config.text_field) if isinstance(record, dict) else None
+        if isinstance(text, bytes):
+            yield text.decode("utf-8", errors="replace"), ""
+        elif isinstance(text, str):
+            yield text, ""
+        else:
+            known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
+            yield "", f"record {number} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
 
 
 def _text(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rmft_jax.config import ArmConfig, Config, ExperimentConfig, StudyConfig, to_dict, with_changes
+from rmft_jax.config import ArmConfig, Config, ExperimentConfig, StudyConfig, first_difference, to_dict, with_changes
 from rmft_jax.data.blocks import Blocks
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
@@ -25,7 +25,7 @@ from rmft_jax.kernels import TaggedBatch
 from rmft_jax.progress import say, track
 from rmft_jax.studies.scaling_results import scaling_results, updates_until
 from rmft_jax.training.loop import load_blocks
-from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, all_rows, ordinary_rows
+from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, all_rows, fill_up, ordinary_rows
 from rmft_jax.training.tracker import ORIGINS, TrackerShape
 
 SCHEMA = 1
@@ -68,13 +68,14 @@ def run(config: Config, *, command: str = "rmft study scaling") -> dict:
     for data in {group.config.data_dir: group.config for group in groups}.values():
         prepare(data)
     done: list[dict] = []
+    defaults = _plain(to_dict(Config()) | {"experiment": dataclasses.asdict(ExperimentConfig())})
     for number, group in enumerate(groups, 1):
         path = out / "parts" / f"{group.experiment}-{group.size}-{group.number}.json"
         settings = to_dict(group.config) | {"arms": {name: dataclasses.asdict(arm) for name, arm in group.arms.items()}}
         settings["experiment"] = dataclasses.asdict(config.study.scaling.experiments[group.experiment])
         settings = _plain(settings)
         found = read_json(path, "part of a study", "delete it") if path.exists() else {}
-        if found.get("settings") != settings:
+        if "settings" not in found or first_difference(found["settings"], settings, defaults):
             passed = (time.monotonic() - begin) / 60
             arms = f" ({', '.join(group.arms)})" if len(group.arms) > 1 or "plain" not in group.arms else ""
             what = f"{group.experiment} at {group.size}{arms}"
@@ -179,19 +180,16 @@ def read_text(group: Group, experiment: ExperimentConfig) -> Text:
         special.max_components = max(blocks.max_components, special.max_components)
         special.max_spans = max(blocks.max_spans, special.max_spans)
         blocks.max_components, blocks.max_spans = special.max_components, special.max_spans
-        if len(special) < 2 * size:
-            raise UserError(
-                f"{group.experiment} has {len(special)} held-out blocks: the special batch takes {size}, and as many must "
-                f"be left; raise source.heldout_fraction"
-            )
-        rows, of_special = all_rows(blocks), all_rows(special)
-        first = jax.tree.map(lambda x: x[:size], of_special)
+        if len(special) < 2:
+            raise UserError(f"{group.experiment} has one held-out block: the special batch takes half of them; raise "
+                            f"source.heldout_fraction")  # fmt: skip
+        rows, of_special, count = all_rows(blocks), all_rows(special), min(size, len(special) // 2)
+        first = fill_up(jax.tree.map(lambda x: x[:count], of_special), size)
         sets["special"] = first
         # as they stand: nothing in them is replaced
         untouched = first._replace(component=np.zeros_like(first.component), span_end=np.full_like(first.span_end, -1))
         rows = jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, untouched)
-        kept = jax.tree.map(lambda x: x[size:], of_special)
-        sets["heldout"] = jax.tree.map(lambda x: x[: len(x) // size * size], kept)
+        sets["heldout"] = fill_up(jax.tree.map(lambda x: x[count:], of_special), size)
     else:
         sets["heldout"] = all_rows(heldout, size)
     if experiment.score_training:

@@ -187,11 +187,16 @@ def _score_batch(params: dict, batch: TaggedBatch, config: Config) -> SetScores:
 
 
 def all_rows(blocks: Blocks, multiple: int = 1) -> TaggedBatch:
-    """Return every block as a TaggedBatch of numpy arrays, with empty rows (segment 0) up to a multiple of `multiple`."""
-    rows = [blocks[index] for index in range(len(blocks))]
-    empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
-    empty["component_begin"], empty["span_end"] = empty["component_begin"] - 1, empty["span_end"] - 1
-    return as_batch(rows + [empty] * (-len(rows) % multiple))
+    """Return every block as a TaggedBatch of numpy arrays, filled up as by `fill_up`."""
+    return fill_up(as_batch([blocks[index] for index in range(len(blocks))]), multiple)
+
+
+def fill_up(rows: TaggedBatch, multiple: int) -> TaggedBatch:
+    """Return numpy rows with empty ones (segment 0) after them, up to a multiple of `multiple`."""
+    missing = -len(rows.tokens) % multiple
+    empty = jax.tree.map(lambda x: np.zeros((missing, *x.shape[1:]), x.dtype), rows)
+    empty = empty._replace(component_begin=empty.component_begin - 1, span_end=empty.span_end - 1)
+    return jax.tree.map(lambda some, more: np.concatenate([some, more]), rows, empty)
 
 
 def ordinary_rows(
