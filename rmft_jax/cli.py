@@ -115,19 +115,20 @@ def audit(
 
 @app.command()
 def track(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories.")],
+    runs: Annotated[list[str], typer.Argument(help="Run directories, or imported models with their settings: data=DIR ...")],
     as_json: Json = False,
 ) -> None:
     """Count which training tokens every saved checkpoint of RUN... has memorized: track.json and a table."""
     from rmft_jax.devices import use_cores
     from rmft_jax.memorization.tracker import track
 
+    paths, overrides = _split(runs)
     use_cores()
-    results = track(runs)
+    results = track(paths, overrides)
     if as_json:
         print(json.dumps(results))
         return
-    for run, result in zip(runs, results, strict=True):
+    for run, result in zip(paths, results, strict=True):
         _print_track(run, result)
 
 

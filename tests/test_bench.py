@@ -45,8 +45,41 @@ def test_generate_measures_prefill_and_decoding_apart():
     assert min(batch["tokens_equal_pct"] for batch in result["batches"]) > 99
 
 
+TINY = ["source.limit=60", "tokenizer.vocab_size=400", "model.layers=1", "model.width=16", "model.heads=2",
+        "training.batch_size=8", "training.sequence_length=32"]  # fmt: skip
+
+
+def test_train_measures_ours_alone():
+    from rmft_jax.bench import train
+
+    result = train.run(load_config(None, TINY), "none", runs=2, seconds=0.01)
+    assert result["ratio"] is None and result["peer_value"] is None and len(result["runs"]) == 2
+    assert result["value"] == pytest.approx(sum(rate for (rate,) in result["runs"]) / 2, rel=1e-3)
+    assert result["peak_bytes"] > 4 * result["parameters"] and result["flops_per_token"] > 6 * 16 * 400
+
+
+@pytest.mark.slow
+def test_train_measures_transformers_beside_it():
+    pytest.importorskip("transformers", reason="needs the extra [bench]")
+    from rmft_jax.bench import train
+
+    result = train.run(load_config(None, TINY), "transformers", runs=2, seconds=0.1)
+    assert "eager" in result["peer_modes"] and result["peer_value"] > 0
+    assert result["peer_loss"] == pytest.approx(result["loss"], rel=0.05)  # it sees across documents
+
+
+def test_dispatch_and_side_by_side_measure_both_ways():
+    from rmft_jax.bench import dispatch, side_by_side
+
+    for bench in (dispatch, side_by_side):
+        result = bench.run(load_config(None, TINY), runs=1)
+        ((ours, peer),) = result["runs"]
+        assert result["ratio"] == pytest.approx(peer / ours, rel=0.01) and ours > 0
+        assert result["parameters"] == 400 * 16 + 16 + 2 * 16 + 16 * 48 + 16 * 16 + 3 * 16 * 48
+
+
 def test_unknown_benchmarks_and_peers_are_refused():
-    with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, tracker, detect"):
+    with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, tracker, dispatch"):
         run_bench("speed", load_config())
     with pytest.raises(UserError, match="audit.new_tokens 1: all of it is prefill"):
         run_bench("generate", load_config(None, ["audit.new_tokens=1"]))

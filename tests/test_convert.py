@@ -18,13 +18,17 @@ from test_tokenizer import byte_level
 
 from rmft_jax.config import ModelConfig, load_config
 from rmft_jax.convert import convert_export, convert_import
+from rmft_jax.data.blocks import as_batch
+from rmft_jax.data.prepare import load_prepared
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tokenizer import load_tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
+from rmft_jax.kernels import target_mask
 from rmft_jax.models.gguf import Gguf
 from rmft_jax.models.gpt import count_params, forward, init_params
 from rmft_jax.models.huggingface import export_model, import_model
+from rmft_jax.training.loop import load_blocks
 
 WEB = Path(__file__).parents[2] / "shared" / "data" / "web_text.jsonl.gz"
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64, rope_base=300.0, norm_epsilon=1e-5)
@@ -76,6 +80,18 @@ def test_a_folder_in_trained_and_out_again(tmp_path, capsys):
     first, _ = import_model(tmp_path / "first" / "out")
     assert config == MODEL and not np.array_equal(trained["embed"], first["embed"])
     assert 0 < np.abs(first["embed"] - params["embed"]).max() < 0.05  # one step from where it started
+
+    code, out, err = rmft("track", start, *settings[:3], f"data={tmp_path}/runs/data", capsys=capsys)
+    assert code == 0, err
+    (entry,) = json.loads((start / "track.json").read_text())["checkpoints"]
+    tracked = load_config(start / "config.yaml", [*settings[:3], f"data={tmp_path}/runs/data"])
+    blocks, _ = load_blocks(tracked, load_prepared(tracked))
+    rows = as_batch([blocks[number] for number in range(len(blocks))])
+    logits = forward(params, MODEL, rows.tokens[:, :-1], rows.segment_ids[:, :-1])
+    hits = (np.asarray(logits.argmax(-1)) == rows.tokens[:, 1:]) & np.asarray(target_mask(rows.segment_ids))
+    counts = entry["slices"]["all"]
+    assert counts["targets"] == int(np.asarray(target_mask(rows.segment_ids)).sum()) > 1000
+    assert counts["hits"] == pytest.approx(hits.sum(), abs=2)  # two likeliest tokens may be nearly equal
 
     transformers = pytest.importorskip("transformers", reason="needs the extra [bench]")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "last" / "out")

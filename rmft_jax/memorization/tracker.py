@@ -36,13 +36,14 @@ __all__ = [
 SCHEMA = 1
 
 
-def track(runs: list[Path]) -> list[dict]:
+def track(runs: list[Path], overrides: list[str] = ()) -> list[dict]:
     """Count what each saved checkpoint of the runs has memorized; write RUN/track.json for each and return what was written.
 
-    Every block of the run's training data is shown once, unmasked, teacher forced. Raises UserError for a directory that is
-    no run or has no checkpoint.
+    Every block of the run's training data is shown once, unmasked, teacher forced. overrides: settings to change, such as
+    data=DIR, the text to look for in a folder that `rmft convert import` made. Raises UserError for a directory that is no
+    run or has no checkpoint.
     """
-    configs = [load_run_config(run) for run in runs]
+    configs = [load_run_config(run, overrides) for run in runs]
     return [_track_run(run, config) for run, config in zip(runs, configs, strict=True)]
 
 
