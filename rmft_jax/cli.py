@@ -149,15 +149,20 @@ def compare(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A directory with results.json.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="A directory with results.json.")],
+    charts: Annotated[Path | None, typer.Option(help="A folder for the charts, an SVG file each.")] = None,
+) -> None:
     """Write report.html beside results.json: one file, no network."""
     from rmft_jax.files import read_json
-    from rmft_jax.report.html import write_report
+    from rmft_jax.report.html import write_charts, write_report
 
     results = read_json(directory / "results.json", "results", "run `rmft compare` first")
     if not isinstance(results, dict) or results.get("schema") != 1:
         raise UserError(f"{directory / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
     print(write_report(results, directory / "report.html"))
+    for path in write_charts(results, charts) if charts else ():
+        print(path)
 
 
 @app.command()

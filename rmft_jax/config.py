@@ -442,9 +442,9 @@ class AuditConfig:
 class ArmConfig:
     """One arm of an experiment. vary: what it changes in the config.
 
-    passes: how often the special batch is shown, 0 = never, the control. spacing: epochs between one pass and the next,
-    0 = one right after the other. ids: prepended (each block begins with a token of its own in the place of its context) |
-    vocabulary (there are as many tokens more, but none is used) | none.
+    passes: how often the special batch is shown, 0 = never, the control. spacing: epochs between one pass and the next, in
+    whole rounds, 0 = one right after the other. ids: prepended (each block begins with a token of its own in the place of
+    its context) | vocabulary (there are as many tokens more, but none is used) | none.
     """
 
     vary: dict[str, typing.Any] = field(default_factory=dict)

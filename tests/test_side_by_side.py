@@ -60,7 +60,7 @@ def test_eight_members_equal_eight_runs(config, prepared):
         losses.append(group.round(*rows).loss)
     losses = np.concatenate(losses, axis=1)
     assert masking_rules(config)[0].policy == "bernoulli"  # so that a member draws surrogates of its own
-    for member in (0, 3, 7):
+    for member in (0, 7):
         expected, state = alone(config, prepared, int(seeds[member]))
         np.testing.assert_allclose(losses[member], expected, rtol=1e-5)
         for name in ("hits", "targets", "lengths"):

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rmft_jax.files import write_text
-from rmft_jax.report.plots import charts, style_classes
+from rmft_jax.report.plots import HEIGHT, LEFT, WIDTH, charts, style_classes
 from rmft_jax.report.scaling import scaling_charts, scaling_table
 from rmft_jax.report.verdict import verdict
 from rmft_jax.report.view import MISSING, View, is_number, lookup, show
@@ -112,6 +112,25 @@ def write_report(results: dict, path: Path) -> Path:
     """Write the report page for the results to the path, whole or not at all, and return the path."""
     write_text(Path(path), render(results))
     return Path(path)
+
+
+def write_charts(results: dict, folder: Path) -> list[Path]:
+    """Write each chart of the page as an SVG file of its own, with heading and legend, and return their paths."""
+    view = View(results)
+    runs = tuple(enumerate(view.runs))
+    paths = []
+    for chart in scaling_charts(view) if is_scaling(results) else charts(view):
+        entries, x, row = [], LEFT, 0
+        for slot, name in chart.names or runs:
+            width = 40 + 7 * len(name)
+            if x + width > WIDTH and entries:
+                x, row = LEFT, row + 1
+            entries.append((style_classes(slot), x, 18 * row, name))
+            x += width
+        drawn = template("chart.svg").render(chart=chart, entries=entries, top=44 + 18 * row, width=WIDTH, height=HEIGHT)
+        paths.append(Path(folder) / f"{chart.key}.svg")
+        write_text(paths[-1], drawn)
+    return paths
 
 
 def _cell(view: View, path: tuple) -> str:

@@ -253,7 +253,7 @@ def _train(
     arms = [group.arms[arm] for arm, _ in members]
     timeline = _timeline(arms, experiment, rounds, text.blocks, per_round * size)
     title, step = f"{group.experiment} {group.size}", 0
-    status = lambda: f"M {', '.join(f'{m:.2f}' for m in log.newest())}"  # noqa: E731
+    status = lambda: f"M {log.newest().min():.2f} to {log.newest().max():.2f}"  # noqa: E731
     for showing in track(timeline, title, len(timeline), status=status):
         if showing is None:
             rows = ordinary_rows(text.blocks, seeds, batch_size=size, start=step, steps=per_round)

@@ -204,7 +204,7 @@ def _of_size(size: dict, arm: dict, taus: tuple) -> dict:
     out["curves"] = _curves(members)
     if "special" in members[0]["sets"]:
         out["forgetting"] = {
-            name: mean_interval([_after(member["sets"]["special"])[name] for member in members])
+            name: mean_interval([_after(member["sets"]["special"], arm["spacing"])[name] for member in members])
             for name in ("before", "at_once", "baseline", "end")
         }
     if "training" in members[0]["sets"]:
@@ -247,13 +247,15 @@ def _units(members: list[dict], tau: float) -> dict | None:
     return mean_interval([member["unit_mean"][at] for member, at in zip(members, found, strict=True)])
 
 
-def _after(special: dict) -> dict:
+def _after(special: dict, spacing: float) -> dict:
     """Return M of the special batch before it was shown, right after, at its lowest from then on (the forgetting baseline)
-    and at the end; of a member that was shown none, from the round on at which the others were done with it."""
+    and at the end; of a member that was shown none, from the round on at which passes without spacing are over."""
     shown = [n for n, ordinary in enumerate(special["ordinary"]) if not ordinary]
     if not shown:
         return dict.fromkeys(("before", "at_once", "baseline", "end"))
     m, first, last = special["m"], shown[0], shown[-1]
+    if not spacing:  # later rounds are those of members that are shown it again and again
+        last = next(n for n in shown if n + 1 not in shown)
     return {"before": m[first - 1], "at_once": m[last], "baseline": min(m[last:]), "end": m[-1]}
 
 
@@ -268,10 +270,10 @@ def _power_laws(sizes: dict, taus: tuple) -> dict:
         fit = power_law(n, times)
         ahead = power_law(n[:-1], times[:-1], to=n[-1]) if len(n) > 2 else None
         if ahead:
-            ahead |= {"parameters": n[-1], "measured": usable[-1]["times"][tau]["between"]}
+            ahead |= {"parameters": usable[-1]["parameters"], "measured": usable[-1]["times"][tau]["between"]}
         out[tau] = {"sizes": len(n), "fit": fit, "largest_predicted": ahead}
         if fit:
-            next_up = n[-1] ** 2 / n[-2]
+            next_up = round(n[-1] ** 2 / n[-2])
             out[tau]["next_size"] = power_law(n, times, to=next_up) | {"parameters": next_up}
     return out
 
