@@ -878,7 +878,7 @@ def with_changes(config: Config, changes: dict, where: str = "the changes") -> C
 
 def to_dict(config: Config) -> dict:
     """Return the resolved config as plain nested dicts, ready for YAML or JSON."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    return yaml.safe_load(yaml.safe_dump(plain(dataclasses.asdict(config))))
 
 
 def first_difference(old: dict, new: dict, defaults: dict, prefix: str = "") -> str:
@@ -903,10 +903,11 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def _plain(value: typing.Any) -> typing.Any:
+def plain(value: typing.Any) -> typing.Any:
+    """Return nested settings with lists in the place of tuples, as YAML and JSON give them back."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _value(text: str) -> typing.Any:

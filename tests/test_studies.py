@@ -11,7 +11,8 @@ from rmft_jax.config import load_config, with_changes
 from rmft_jax.errors import UserError
 from rmft_jax.memorization.compare import mean_tree
 from rmft_jax.studies import run_study
-from rmft_jax.studies.rmft_claims import _claim, rmft_claims
+from rmft_jax.studies.claims import claim as make_claim
+from rmft_jax.studies.rmft_claims import rmft_claims
 
 SETTINGS = [
     "source.limit=80", "tokenizer.vocab_size=700", "model.layers=1", "model.width=32", "model.heads=2",
@@ -90,7 +91,7 @@ def test_mean_tree():
     ],
 )
 def test_what_a_claim_needs(measured, interval, bounds, holds, settled):
-    claim = _claim("id", "source", "statement", 0, measured, interval, **bounds)
+    claim = make_claim("id", "source", "statement", 0, measured, interval, **bounds)
     assert (claim["holds"], claim["settled"]) == (holds, settled)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 
 import jax
@@ -40,9 +39,7 @@ def run(config: Config, peer: str = "", *, runs: int = 15) -> dict:
     shapes = jax.eval_shape(make)
     held = {"state": jax.jit(make, out_shardings=shardings_for(shapes, mesh))()}
     step_fns = {count: compile_train_step(config, optimizer, mesh, shapes, steps=count) for count in (STEPS, 1)}
-    source = itertools.chain.from_iterable(
-        batches(blocks, batch_size=config.training.batch_size, seed=config.seed) for _ in itertools.count()
-    )
+    source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed)
 
     def sample(count: int) -> float:
         begin = time.perf_counter()

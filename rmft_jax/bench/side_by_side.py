@@ -10,8 +10,9 @@ import numpy as np
 from rmft_jax.bench import environment
 from rmft_jax.bench.train import tagged_text
 from rmft_jax.config import Config
+from rmft_jax.data.blocks import all_rows
 from rmft_jax.progress import track
-from rmft_jax.training.side_by_side import SideBySide, all_rows, ordinary_rows
+from rmft_jax.training.side_by_side import SideBySide, ordinary_rows
 from rmft_jax.training.tracker import TrackerShape
 
 MEMBERS, STEPS = 8, 16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import itertools
 import logging
 import os
 import tempfile
@@ -61,9 +60,7 @@ def run(config: Config, peer: str = "", *, runs: int = 10, seconds: float = 1.0)
     mesh = make_mesh(config.mesh)
     check_mesh(config, mesh, config.tokenizer.vocab_size)
     config = choose_attention(config, mesh)
-    source = itertools.chain.from_iterable(
-        batches(blocks, batch_size=config.training.batch_size, seed=config.seed) for _ in itertools.count()
-    )
+    source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed)
     first = next(source)
     ours, about = _ours(config, prepared, mesh, first)
     models, theirs = {"ours": ours}, {}

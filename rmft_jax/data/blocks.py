@@ -176,6 +176,19 @@ def as_batch(rows: list[dict[str, np.ndarray]]) -> TaggedBatch:
     return TaggedBatch(**{name: np.stack([row[name] for row in rows]) for name in TaggedBatch._fields})
 
 
+def all_rows(blocks: Blocks, multiple: int = 1) -> TaggedBatch:
+    """Return every block as a TaggedBatch of numpy arrays, filled up as by `fill_up`."""
+    return fill_up(as_batch([blocks[index] for index in range(len(blocks))]), multiple)
+
+
+def fill_up(rows: TaggedBatch, multiple: int) -> TaggedBatch:
+    """Return numpy rows with empty ones (segment 0) after them, up to a multiple of `multiple`."""
+    missing = -len(rows.tokens) % multiple
+    empty = TaggedBatch(*(np.zeros((missing, *x.shape[1:]), x.dtype) for x in rows))
+    empty = empty._replace(component_begin=empty.component_begin - 1, span_end=empty.span_end - 1)
+    return TaggedBatch(*(np.concatenate(pair) for pair in zip(rows, empty, strict=True)))
+
+
 def _counts(span: dict[str, np.ndarray]) -> np.ndarray:
     """Return int64 [spans]: how many occurrences the identity of each span has in the corpus."""
     place = span["identity"] + 1  # a value that the corpus does not have is -1

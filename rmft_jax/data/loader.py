@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import grain.python as grain
 import numpy as np
 
-from rmft_jax.data.blocks import Blocks, as_batch
+from rmft_jax.data.blocks import Blocks, as_batch, fill_up
 from rmft_jax.kernels import TaggedBatch
 
 _KEPT_BYTES = 256 << 20
@@ -68,8 +68,5 @@ def sequential_batches(blocks: Blocks, *, batch_size: int) -> Iterator[tuple[Tag
         indices = range(begin, min(begin + batch_size, len(blocks)))
         rows = [blocks[index] for index in indices]
         documents = [blocks.documents(index) for index in indices]
-        empty = {name: np.zeros_like(value) for name, value in rows[0].items()}
-        missing = batch_size - len(rows)
-        rows += [empty] * missing
-        documents += [np.full(blocks.width, -1, np.int64)] * missing
-        yield as_batch(rows), np.stack(documents)
+        documents += [np.full(blocks.width, -1, np.int64)] * (batch_size - len(rows))
+        yield fill_up(as_batch(rows), batch_size), np.stack(documents)

@@ -64,7 +64,7 @@ def prepare(config: Config) -> dict:
     directory = config.data_dir
     if directory.exists():
         manifest = _manifest(directory)
-        changed = first_difference(manifest["settings"], _settings(config), _settings(Config()))
+        changed = _changed(manifest, config)
         if changed:
             raise UserError(
                 f"{directory} was prepared with another {changed}: choose another out=, or delete that directory"
@@ -79,7 +79,7 @@ def load_prepared(config: Config) -> Prepared:
     """Load what `prepare` left. Raises UserError when it is missing or was made with other settings than `config`."""
     directory = config.data_dir
     manifest = _manifest(directory)
-    changed = first_difference(manifest["settings"], _settings(config), _settings(Config()))
+    changed = _changed(manifest, config)
     if changed:
         raise UserError(f"{directory} was prepared with another {changed}: use the same value, or prepare another out=")
     mend = "run `rmft prepare` again in another out="
@@ -245,6 +245,11 @@ def _settings(config: Config) -> dict:
     canary = {key: tree["canary"][key] for key in ("count", "repetitions")} if config.canary.count else None
     masking = {"surrogates": config.masking.surrogates}
     return {name: tree[name] for name in _SECTIONS} | {"canary": canary, "masking": masking, "dedup": dedup}
+
+
+def _changed(manifest: dict, config: Config) -> str:
+    """Return which setting of the data is another now, '' if none is."""
+    return first_difference(manifest["settings"], _settings(config), _settings(Config()))
 
 
 def _manifest(directory: Path) -> dict:

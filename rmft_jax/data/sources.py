@@ -110,12 +110,18 @@ def _jsonl(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
             except ValueError:
                 yield "", f"line {number} is not valid JSON: mend or delete the line"
                 continue
-            text = record.get(config.text_field) if isinstance(record, dict) else None
-            if isinstance(text, str):
-                yield text, ""
-                continue
-            known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
-            yield "", f"line {number} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
+            yield _field(record, config, f"line {number}")
+
+
+def _field(record, config: SourceConfig, where: str) -> tuple[str, str]:
+    """Return (the text of a record, "") or ("", what is wrong where and how to mend it)."""
+    text = record.get(config.text_field) if isinstance(record, dict) else None
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", errors="replace")
+    if isinstance(text, str):
+        return text, ""
+    known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
+    return "", f"{where} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
 
 
 def _tfds(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
@@ -132,14 +138,7 @@ def _tfds(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"TFDS data set {config.path}, split {split}, cannot be read ({reason[:200]})") from None
     for number, record in enumerate(records):
-        text = record.get(config.text_field) if isinstance(record, dict) else None
-        if isinstance(text, bytes):
-            yield text.decode("utf-8", errors="replace"), ""
-        elif isinstance(text, str):
-            yield text, ""
-        else:
-            known = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
-            yield "", f"record {number} has no text in field {config.text_field!r} (fields: {known}): set source.text_field"
+        yield _field(record, config, f"record {number}")
 
 
 def _text(path: str, config: SourceConfig) -> Iterator[tuple[str, str]]:

@@ -117,11 +117,10 @@ def write_report(results: dict, path: Path) -> Path:
 def write_charts(results: dict, folder: Path) -> list[Path]:
     """Write each chart of the page as an SVG file of its own, with heading and legend, and return their paths."""
     view = View(results)
-    runs = tuple(enumerate(view.runs))
     paths = []
     for chart in scaling_charts(view) if is_scaling(results) else charts(view):
         entries, x, row = [], LEFT, 0
-        for slot, name in chart.names or runs:
+        for slot, name in chart.names:
             width = 40 + 7 * len(name)
             if x + width > WIDTH and entries:
                 x, row = LEFT, row + 1

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from markupsafe import Markup
@@ -39,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page: its heading, its note, the drawing, and slot and name of its lines where they are no runs."""
+    """One figure of the page: its heading, its note, the drawing, and slot and name of its lines."""
 
     key: str
     heading: str
@@ -341,4 +341,4 @@ def charts(view: View) -> list:
                                                                                           "exposure", "chance")))
         found.append(Chart("exposure", "Exposure, bits", f"of planted canaries, {chance} by chance, last checkpoint",
                            line_chart(lines, said, "repetitions of the canary", names=names)))
-    return found
+    return [replace(chart, names=tuple(enumerate(view.runs))) for chart in found]

@@ -9,12 +9,12 @@ from rmft_jax.report.plots import Chart, Line, Point, line_chart
 from rmft_jax.report.view import View, is_number, show
 
 
-def _curve(view: View, name: str, slot: int, at: tuple, unit: str = "") -> Line:
+def _curve(view: View, name: str, slot: int, at: tuple) -> Line:
     """Return the line of one curve of the findings; its band is the range of the seeds."""
     points = []
     for index, x in enumerate(view.value(*at, "x") or []):
         y, low, high = (view.value(*at, key, index) for key in ("mean", "low", "high"))
-        title = f"{name}, {show(x)}: {show(y)}{unit}"
+        title = f"{name}, {show(x)}: {show(y)}"
         points.append(Point(x, y if is_number(y) else None, low, high, (*at, "mean", index), (*at, "x", index), title))
     return Line(name, slot, points)
 
@@ -45,7 +45,7 @@ def scaling_charts(view: View) -> list[Chart]:
     main = ("findings", "memorization", "plain")
     if view.value(*main):
         sizes = list(view.value(*main, "sizes"))
-        taus = [tau for tau in view.value(*main, "sizes", sizes[0], "times")]
+        taus = list(view.value(*main, "sizes", sizes[0], "times"))
         lines = [_over_sizes(view, f"τ = {tau}", n, main, ("times", tau, "between")) for n, tau in enumerate(taus)]
         found.append(_chart("times", "T(N, τ)", "times each token is seen until M ≥ τ", lines, "parameters N (log scale)",
                             from_zero=False, log_x=True))

@@ -5,6 +5,8 @@ Source of the figures: RMFT, Joshi & Smith, arXiv 2512.03310: GPT-2 124M on Enro
 
 from __future__ import annotations
 
+from rmft_jax.studies.claims import claim
+
 ABSTRACT = "arXiv 2512.03310, abstract"
 LATER = "arXiv 2512.03310, later figures of the authors"
 OURS = "this project"
@@ -32,12 +34,12 @@ def rmft_claims(results: dict) -> list[dict]:
 def _published_rmft(results: dict) -> list[dict]:
     rmft = results["comparison"]["rmft"]
     return [
-        _claim(f"rmft-{rate}", ABSTRACT, f"RMFT lowers the mean {rate.upper()} over checkpoints by at least {published}%",
+        claim(f"rmft-{rate}", ABSTRACT, f"RMFT lowers the mean {rate.upper()} over checkpoints by at least {published}%",
                published, rmft[f"{rate}_reduction_pct"], rmft[f"{rate}_reduction_pct_ci"], at_least=published,
                reached=True)
         for rate, published in (("ter", 80.81), ("ser", 80.17))
     ] + [
-        _claim("rmft-perplexity", ABSTRACT, "RMFT raises perplexity by at most 5.73%", 5.73,
+        claim("rmft-perplexity", ABSTRACT, "RMFT raises perplexity by at most 5.73%", 5.73,
                rmft["perplexity_increase_pct"], rmft["perplexity_increase_pct_ci"], at_most=5.73, reached=True),
     ]  # fmt: skip
 
@@ -46,13 +48,13 @@ def _published_dedup(results: dict) -> list[dict]:
     dedup, against = results["comparison"]["dedup"], results["comparison"]["rmft"]["differences"]["dedup"]
     sets = (("heldout", "less", -0.0276), ("web", "more", 0.074), ("general", "more", 0.0418))
     return [
-        _claim(f"rmft-dedup-{name}", LATER, f"RMFT leaks {word} than deduplication on {name} prompts (TER, points)",
+        claim(f"rmft-dedup-{name}", LATER, f"RMFT leaks {word} than deduplication on {name} prompts (TER, points)",
                published, against[name]["ter"], against[name]["ter_ci"],
                **({"at_most": 0} if word == "less" else {"at_least": 0}))
         for name, word, published in sets
         if name in against
     ] + [
-        _claim("dedup-perplexity", LATER, "deduplication raises perplexity (4.25 to 9.02: by 112%)", 112.2,
+        claim("dedup-perplexity", LATER, "deduplication raises perplexity (4.25 to 9.02: by 112%)", 112.2,
                dedup["perplexity_increase_pct"], dedup["perplexity_increase_pct_ci"], at_least=0),
     ]  # fmt: skip
 
@@ -65,17 +67,17 @@ def _ours(results: dict) -> list[dict]:
         for rival in rivals:
             gap = ours["differences"][rival][prompts]
             statement = f"ours leaks no more than {rival} on {prompts} prompts (TER, points)"
-            out.append(_claim(f"ours-{rival}-{prompts}", OURS, statement, 0, gap["ter"], gap["ter_ci"], at_most=0))
+            out.append(claim(f"ours-{rival}-{prompts}", OURS, statement, 0, gap["ter"], gap["ter_ci"], at_most=0))
     out += [
-        _claim("ours-perplexity", OURS, "ours raises perplexity by at most 5.73%", 5.73,
+        claim("ours-perplexity", OURS, "ours raises perplexity by at most 5.73%", 5.73,
                ours["perplexity_increase_pct"], ours["perplexity_increase_pct_ci"], at_most=5.73),
-        _claim("ours-perplexity-other", OURS, "ours raises perplexity outside PII by at most 1%", 1.0,
+        claim("ours-perplexity-other", OURS, "ours raises perplexity outside PII by at most 1%", 1.0,
                ours["perplexity_other_increase_pct"], ours["perplexity_other_increase_pct_ci"], at_most=1.0),
     ]  # fmt: skip
     others = {name: entry["aurc"] for name, entry in results["comparison"].items() if not _is_ours(name)}
     if ours["aurc"] is not None and None not in others.values():
         best = min(others, key=others.get)
-        out.append(_claim("ours-aurc", OURS, f"ours has the lowest AURC (the lowest of the others is {best}'s)",
+        out.append(claim("ours-aurc", OURS, f"ours has the lowest AURC (the lowest of the others is {best}'s)",
                           others[best], ours["aurc"], ours["aurc_ci"], at_most=others[best]))  # fmt: skip
     return out
 
@@ -93,32 +95,15 @@ def _canaries(results: dict) -> list[dict]:
         ends = [many["by_fit_ci"][0] - few["by_fit_ci"][1], many["by_fit_ci"][1] - few["by_fit_ci"][0]]
         span = f"{few['repetitions']} to {many['repetitions']} repetitions"
         statement = f"exposure of {baseline} rises from {span} (bits, by fit)"
-        out.append(_claim("canary-baseline", OURS, statement, 0, many["by_fit"] - few["by_fit"], ends, at_least=0))
+        out.append(claim("canary-baseline", OURS, statement, 0, many["by_fit"] - few["by_fit"], ends, at_least=0))
     for run in filter(_is_ours, results["runs"]):
         found = exposure(run) or {"repetitions": []}
         for entry in found["repetitions"]:
             statement = f"exposure of {run} is that by chance at {entry['repetitions']} repetitions (bits, by rank)"
-            out.append(_claim(f"canary-{run}-{entry['repetitions']}", OURS, statement, found["chance"], entry["by_rank"],
+            out.append(claim(f"canary-{run}-{entry['repetitions']}", OURS, statement, found["chance"], entry["by_rank"],
                               entry["by_rank_ci"], at_most=found["chance"], reached=True))  # fmt: skip
     return out
 
 
 def _is_ours(run: str) -> bool:
     return run == "ours" or run.startswith("ours_")
-
-
-def _claim(
-    id: str, source: str, statement: str, expected: float, measured: float | None, interval: list | None, *,
-    at_least: float | None = None, at_most: float | None = None, reached: bool = False,
-) -> dict:  # fmt: skip
-    """Return one claim, that the measured value is at least, or at most, a bound."""
-    bound, sign = (at_least, 1) if at_least is not None else (at_most, -1)
-    holds = settled = False
-    if measured is not None and interval is not None:
-        worse, better = sorted(sign * end for end in interval)
-        holds = (better if reached else sign * measured) >= sign * bound
-        settled = worse >= sign * bound or better < sign * bound
-    return {
-        "id": id, "source": source, "statement": statement, "expected": expected, "measured": measured,
-        "interval": interval, "holds": holds, "settled": settled,
-    }  # fmt: skip

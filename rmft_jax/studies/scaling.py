@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rmft_jax.config import ArmConfig, Config, ExperimentConfig, StudyConfig, first_difference, to_dict, with_changes
-from rmft_jax.data.blocks import Blocks
+from rmft_jax.config import ArmConfig, Config, ExperimentConfig, StudyConfig, first_difference, plain, to_dict, with_changes
+from rmft_jax.data.blocks import Blocks, all_rows, fill_up
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
@@ -25,20 +25,21 @@ from rmft_jax.kernels import TaggedBatch
 from rmft_jax.progress import say, track
 from rmft_jax.studies.scaling_results import scaling_results, updates_until
 from rmft_jax.training.loop import load_blocks
-from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, all_rows, fill_up, ordinary_rows
-from rmft_jax.training.tracker import ORIGINS, TrackerShape
+from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, ordinary_rows
+from rmft_jax.training.tracker import TrackerShape, slice_names, tracker_shape
 
-SCHEMA = 1
 _DATA = ("source", "tokenizer", "pii", "canary")  # sections that the prepared data depend on
 CLASSES = ("numeral", "capitalised", "lower_case", "space", "other")  # of tokens
 
 
 class Text(NamedTuple):
-    """What the members of one experiment read. rows: training blocks, then those of the special batch.
+    """What the members of one experiment read. config: the group's, with the classes of tokens as tags of the tracker.
 
-    blocks: how many of the rows are training blocks. tokens: training tokens. sets: what is scored after each round.
+    rows: training blocks, then those of the special batch. blocks: how many of them are of training text. tokens: training
+    tokens. sets: what is scored after each round.
     """
 
+    config: Config
     prepared: Prepared
     rows: TaggedBatch
     blocks: int
@@ -68,14 +69,15 @@ def run(config: Config, *, command: str = "rmft study scaling") -> dict:
     for data in {group.config.data_dir: group.config for group in groups}.values():
         prepare(data)
     done: list[dict] = []
-    defaults = _plain(to_dict(Config()) | {"experiment": dataclasses.asdict(ExperimentConfig())})
+    defaults = plain(to_dict(Config()) | {"experiment": dataclasses.asdict(ExperimentConfig())})
     for number, group in enumerate(groups, 1):
         path = out / "parts" / f"{group.experiment}-{group.size}-{group.number}.json"
         settings = to_dict(group.config) | {"arms": {name: dataclasses.asdict(arm) for name, arm in group.arms.items()}}
         settings["experiment"] = dataclasses.asdict(config.study.scaling.experiments[group.experiment])
-        settings = _plain(settings)
+        settings = plain(settings)
         found = read_json(path, "part of a study", "delete it") if path.exists() else {}
-        if "settings" not in found or first_difference(found["settings"], settings, defaults):
+        missing = "settings" not in found or first_difference(found["settings"], settings, defaults)
+        if missing:
             passed = (time.monotonic() - begin) / 60
             arms = f" ({', '.join(group.arms)})" if len(group.arms) > 1 or "plain" not in group.arms else ""
             what = f"{group.experiment} at {group.size}{arms}"
@@ -85,8 +87,9 @@ def run(config: Config, *, command: str = "rmft study scaling") -> dict:
             found["result"]["seconds"] = round(time.monotonic() - started, 1)
             write_json(path, found)
         done.append({"experiment": group.experiment, "size": group.size} | found["result"])
-        results = scaling_results(done, config, planned=len(groups), command=command)
-        write_json(out / "results.json", results)
+        if missing or number == len(groups):
+            results = scaling_results(done, config, planned=len(groups), command=command)
+            write_json(out / "results.json", results)
     return results
 
 
@@ -174,7 +177,6 @@ def read_text(group: Group, experiment: ExperimentConfig) -> Text:
     size, sets = config.training.batch_size, {}
     if len(blocks) < size:
         raise UserError(f"{group.experiment} has {len(blocks)} training blocks, fewer than training.batch_size {size}")
-    rows = all_rows(blocks)
     if experiment.inject_at:
         special = Blocks(heldout.corpus, stride=blocks.stride)
         special.max_components = max(blocks.max_components, special.max_components)
@@ -191,13 +193,13 @@ def read_text(group: Group, experiment: ExperimentConfig) -> Text:
         rows = jax.tree.map(lambda a, b: np.concatenate([a, b]), rows, untouched)
         sets["heldout"] = fill_up(jax.tree.map(lambda x: x[count:], of_special), size)
     else:
-        sets["heldout"] = all_rows(heldout, size)
+        rows, sets["heldout"] = all_rows(blocks), all_rows(heldout, size)
     if experiment.score_training:
         sets["training"] = all_rows(blocks, size)
     ids = next(iter(group.arms.values())).ids
     if ids == "prepended":
-        rows.tokens[:, 0] = prepared.tokenizer.vocab_size + np.arange(len(rows.tokens))
-    return Text(prepared, rows, len(blocks), len(blocks.corpus.tokens), sets)
+        rows.tokens[: len(blocks), 0] = prepared.tokenizer.vocab_size + np.arange(len(blocks))
+    return Text(config, prepared, rows, len(blocks), len(blocks.corpus.tokens), sets)
 
 
 def _tag_classes(config: Config, prepared: Prepared) -> dict:
@@ -238,14 +240,12 @@ def _train(
     group: Group, experiment: ExperimentConfig, text: Text, members: list, taus: tuple, sharded: bool
 ) -> list[dict]:
     """Train members side by side, round by round; return the record of each."""
-    config, size = group.config, group.config.training.batch_size
-    names = (*ORIGINS, *CLASSES) if not config.tracker.tags else (*ORIGINS, *config.tracker.tag_names)
-    names = (*names, *(("canary",) if config.canary.count else ()))
+    size = text.config.training.batch_size
     seeds = np.array([seed for _, seed in members], np.int32)
     per_round = max(1, round(text.blocks / size / experiment.rounds))
     rounds = -(-experiment.epochs * text.blocks // (per_round * size))
-    bins = config.training.sequence_length
-    shape = TrackerShape(-(-per_round * size // text.blocks) + 1, len(names), bins, 0)
+    config = with_changes(text.config, {"training": {"log_every": per_round}})  # a round is what a report is in `rmft train`
+    names, shape = slice_names(config), tracker_shape(config, text.blocks)
     more = text.blocks if any(arm.ids != "none" for arm in group.arms.values()) else 0
     what = config, text.prepared, text.rows, seeds, text.sets, shape
     trainer = SideBySide(*what, steps=rounds * per_round, more_pieces=more, sharded=sharded)
@@ -361,9 +361,3 @@ class _Log:
             "t_update": updates_until(update, taus),
             "sets": scored,
         }
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -24,10 +24,10 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from rmft_jax.config import Config
+from rmft_jax.studies.claims import claim
 
 SCHEMA = 1
 SOURCE = "arXiv 2205.10770"
-PUBLISHED_T = {125e6: 165, 355e6: 28, 1.3e9: 10, 2.7e9: 9, 6.7e9: 7, 13e9: 5}  # T(N, 0.9), WikiText-103
 PUBLISHED_SLOPE = -0.75  # of log T(N, 0.9) over log N, from 125M to 13B
 _DRAWS = 1000
 
@@ -167,7 +167,7 @@ def scaling_results(parts: list[dict], config: Config, *, planned: int, command:
         "findings": findings,
         "experiments": experiments,
     }
-    return _plain(results | {"claims": scaling_claims(findings, experiments)})
+    return results | {"claims": scaling_claims(findings, experiments)}
 
 
 def _findings(sizes: dict, taus: tuple) -> dict:
@@ -309,17 +309,17 @@ def scaling_claims(findings: dict, experiments: dict) -> list[dict]:
         if tau:
             half = next(iter(experiments["memorization"].values()))["sequence_length"] / 2
             worst = max((s["units_at"][tau] for s in sizes if s["units_at"][tau]), key=lambda found: found["mean"])
-            out.append(_claim("units", SOURCE, f"the mean memory unit at M = {tau} is under half the sequence (tokens)",
+            out.append(claim("units", SOURCE, f"the mean memory unit at M = {tau} is under half the sequence (tokens)",
                               half, worst["mean"], worst["mean_ci"], at_most=half))  # fmt: skip
         law = main["power_laws"].get("0.9", {})
         if law.get("fit"):
             fit = law["fit"]
-            out.append(_claim("slope", SOURCE, "log T(N, 0.9) falls by 0.75 for each log N", PUBLISHED_SLOPE, fit["slope"],
+            out.append(claim("slope", SOURCE, "log T(N, 0.9) falls by 0.75 for each log N", PUBLISHED_SLOPE, fit["slope"],
                               fit["slope_ci"], at_most=PUBLISHED_SLOPE, reached=True))  # fmt: skip
         ahead = law.get("largest_predicted")
         if ahead and ahead["measured"]:
             statement = "T(N, 0.9) of the largest size is at most what the smaller ones predict"
-            out.append(_claim("prediction", "this project", statement,
+            out.append(claim("prediction", "this project", statement,
                               ahead["predicted"], ahead["measured"]["mean"], ahead["measured"]["mean_ci"],
                               at_most=ahead["predicted_ci"][1], reached=True))  # fmt: skip
     for arms in findings.values():
@@ -332,7 +332,7 @@ def scaling_claims(findings: dict, experiments: dict) -> list[dict]:
             if masked:
                 gap = _difference(size["pii"]["values_whole"], masked["pii"]["values_whole"])
                 statement = f"RMFT lowers the share of PII values memorized whole at {name}"
-                out.append(_claim(f"pii-{name}", "this project", statement,
+                out.append(claim(f"pii-{name}", "this project", statement,
                                   0.0, gap["mean"], gap["mean_ci"], at_least=0.0))  # fmt: skip
     return out
 
@@ -376,26 +376,4 @@ def _rising(id: str, statement: str, steps: list[list[dict]], bound: float) -> l
     if not found:
         return []
     least = min(found, key=lambda step: step["mean"])
-    return [_claim(id, SOURCE, statement, bound, least["mean"], least["mean_ci"], at_least=bound)]
-
-
-def _claim(
-    id: str, source: str, statement: str, expected: float, measured: float, interval: list | None, *,
-    at_least: float | None = None, at_most: float | None = None, reached: bool = False,
-) -> dict:  # fmt: skip
-    """Return one claim, that the measured value is at least, or at most, a bound; with `reached`, that its interval is."""
-    bound, sign = (at_least, 1) if at_least is not None else (at_most, -1)
-    worse, better = sorted(sign * end for end in interval) if interval else (-np.inf, np.inf)
-    holds = (better if reached else sign * measured) >= sign * bound
-    return {
-        "id": id, "source": source, "statement": statement, "expected": expected, "measured": measured, "interval": interval,
-        "holds": bool(holds), "settled": bool(worse >= sign * bound or better < sign * bound),
-    }  # fmt: skip
-
-
-def _plain(value):
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.item() if isinstance(value, np.generic) else value
+    return [claim(id, SOURCE, statement, bound, least["mean"], least["mean_ci"], at_least=bound)]

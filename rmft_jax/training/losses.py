@@ -22,15 +22,20 @@ def dropout_key(seed: int, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), _DROPOUT), step)
 
 
+def asked_targets(masked: MaskedBatch) -> jax.Array:
+    """Return which next tokens the model is to predict, bool [B, N-1]: those of `target_mask`, of a masked language model
+    only those that are asked for."""
+    targets = target_mask(masked.segment_ids)
+    return targets if masked.asked is None else targets & masked.asked[:, 1:]
+
+
 def token_weights(config: LossConfig, masked: MaskedBatch) -> jax.Array:
     """Return the weight of each next token in the loss, [B, N-1], as bool while the weights of origins are 1, else float32.
 
-    It is 0 where the token is no target at all (`target_mask`), is not asked for, or the goldfish mask, given the tokens
-    that the model is shown, drops it; else pii_weight, surrogate_weight or 1, by the token's origin.
+    It is 0 where the token is no target at all (`asked_targets`) or the goldfish mask, given the tokens that the model is
+    shown, drops it; else pii_weight, surrogate_weight or 1, by the token's origin.
     """
-    weights = target_mask(masked.segment_ids)
-    if masked.asked is not None:
-        weights &= masked.asked[:, 1:]
+    weights = asked_targets(masked)
     if config.goldfish != "none":
         kept = goldfish_mask(
             masked.tokens, masked.segment_ids, mode=config.goldfish, k=config.goldfish_k, context=config.goldfish_context

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config
-from rmft_jax.data.blocks import Blocks, as_batch
 from rmft_jax.data.loader import shuffled
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.kernels import TaggedBatch
@@ -184,19 +183,6 @@ def _score_batch(params: dict, batch: TaggedBatch, config: Config) -> SetScores:
         spans=jnp.sum(spans, dtype=jnp.int32),
         whole=jnp.sum(spans & ~missed, dtype=jnp.int32),
     )
-
-
-def all_rows(blocks: Blocks, multiple: int = 1) -> TaggedBatch:
-    """Return every block as a TaggedBatch of numpy arrays, filled up as by `fill_up`."""
-    return fill_up(as_batch([blocks[index] for index in range(len(blocks))]), multiple)
-
-
-def fill_up(rows: TaggedBatch, multiple: int) -> TaggedBatch:
-    """Return numpy rows with empty ones (segment 0) after them, up to a multiple of `multiple`."""
-    missing = -len(rows.tokens) % multiple
-    empty = jax.tree.map(lambda x: np.zeros((missing, *x.shape[1:]), x.dtype), rows)
-    empty = empty._replace(component_begin=empty.component_begin - 1, span_end=empty.span_end - 1)
-    return jax.tree.map(lambda some, more: np.concatenate([some, more]), rows, empty)
 
 
 def ordinary_rows(

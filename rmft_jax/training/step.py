@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from rmft_jax.config import Config, LossConfig
+from rmft_jax.config import Config
 from rmft_jax.kernels import CrossEntropy, MaskedBatch, SurrogateBank, TaggedBatch, average_weights, mask_batch
 from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
 from rmft_jax.models.lora import init_adapters, with_adapters
@@ -17,11 +17,11 @@ from rmft_jax.training.attention import fused_name
 from rmft_jax.training.losses import (
     DTYPES,
     ask,
+    asked_targets,
     dropout_key,
     loss_and_gradient,
     shown_tokens,
     spread_cross_entropy,
-    token_weights,
 )
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, placement, replicated, shardings_for
@@ -200,7 +200,7 @@ def score_unmasked(params: dict, batch: TaggedBatch, config: Config) -> tuple[Cr
     rows = MaskedBatch(batch.tokens, batch.segment_ids, nothing, nothing, nothing, nothing)
     if config.training.objective == "masked":
         rows = ask(rows, config, jax.random.key(_ASK))
-    targets = token_weights(LossConfig(), rows)
+    targets = asked_targets(rows)
     params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
     shown = shown_tokens(params, rows)
     features = hidden(params, config.model, *shown, fused=fused_name(config), causal=rows.asked is None)

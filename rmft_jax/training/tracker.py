@@ -24,9 +24,9 @@ from rmft_jax.kernels import (
     memorized,
     run_lengths,
     slice_counts,
-    target_mask,
 )
 from rmft_jax.models.gpt import place
+from rmft_jax.training.losses import asked_targets
 
 ORIGINS = ("text", "pii", "surrogate")  # the slices by the numbers of `origin`; those of tags follow
 
@@ -135,9 +135,7 @@ def update_tracker(tracker: dict, batch: TaggedBatch, masked: MaskedBatch, hit: 
 
 def _count_rows(batch: TaggedBatch, masked: MaskedBatch, hit, slices: int, bins: int) -> tuple:
     """Return hits and targets of each slice, int32 [B, slices], and runs by their length, int32 [B, bins], of each row."""
-    origin, is_target = masked.origin[:, 1:], target_mask(masked.segment_ids)
-    if masked.asked is not None:
-        is_target &= masked.asked[:, 1:]
+    origin, is_target = masked.origin[:, 1:], asked_targets(masked)
     is_true = is_target & (origin != SURROGATE)
     count = jax.vmap(slice_counts, in_axes=(0, 0, 0, None))
     of_slices = count(hit, is_target, origin, len(ORIGINS))
