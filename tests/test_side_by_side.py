@@ -32,7 +32,7 @@ def config(tiny):
 
 def start(config, prepared, seeds, **more):
     blocks, heldout = load_blocks(config, prepared)
-    sets = {"heldout": all_rows(heldout, BATCH)}
+    sets = dict.fromkeys(("heldout", "special"), all_rows(heldout, BATCH))
     return SideBySide(config, prepared, all_rows(blocks), seeds, sets, SHAPE, steps=STEPS * ROUNDS, **more), blocks
 
 
@@ -102,8 +102,9 @@ def test_injected_rows_teach_those_who_are_shown_them_and_count_for_nobody(confi
     assert (now["step"] - step).tolist() == [2, 0]
     for name in before.counts:
         np.testing.assert_array_equal(after.counts[name], before.counts[name])
-    np.testing.assert_array_equal(after.scores["heldout"].nll[1], before.scores["heldout"].nll[1])
-    assert (after.scores["heldout"].nll[0] != before.scores["heldout"].nll[0]).all()
+    assert list(after.scores) == ["special"]
+    np.testing.assert_array_equal(after.scores["special"].nll[1], before.scores["special"].nll[1])
+    assert (after.scores["special"].nll[0] != before.scores["special"].nll[0]).all()
 
 
 def test_scores_of_a_set_by_hand(config, prepared):

@@ -345,6 +345,8 @@ class _Log:
         for name in self._text.sets:
             scored[name] = {key: [] for key in ("epochs", "ordinary", "nll", "m", "nll_pii", "m_pii", "spans_whole")}
             for epochs, ordinary, scores in self._scores:
+                if name not in scores:
+                    continue
                 nll, right, of = (np.asarray(x[member]) for x in scores[name][:3])
                 spans, whole = (int(x[member]) for x in scores[name][3:])
                 values = (epochs, ordinary, float(nll.sum() / of.sum()), float(right.sum() / of.sum()),

@@ -47,7 +47,7 @@ class Round(NamedTuple):
     """What comes of a round, numpy. loss: float32 [members, steps], of a step that was sat out that of its stand-in.
 
     counts: the tracker's counts after the round, as `training.tracker` has them, with a leading axis of members; hits,
-    targets: uint32 [members, steps], the same summed over true tokens after each step. scores: of each set.
+    targets: uint32 [members, steps], the same summed over true tokens after each step. scores: of each set that is scored.
     """
 
     loss: np.ndarray
@@ -111,7 +111,8 @@ class SideBySide:
         """Take the steps of a round and score the sets.
 
         block, epoch: int32 [members, steps, B], the rows that each member is shown at each step. special: what is shown is
-        no part of the training text: the tracker does not count it, and a member whose blocks are SIT_OUT stays as it is.
+        no part of the training text: the tracker does not count it, a member whose blocks are SIT_OUT stays as it is, and
+        of the sets only the one called "special" is scored.
         """
         rows = jnp.asarray(block, jnp.int32), jnp.asarray(epoch, jnp.int32)
         self.state, results = self._programs[special](self.state, rows, self._seeds, *self._fixed)
@@ -154,7 +155,8 @@ def _member(state, rows, seed, data, bank, sets, *, config, optimizer, special: 
 
     state, (loss, hits, targets) = jax.lax.scan(step, state, rows)
     params = model_of(state)
-    scores = {name: score_set(params, rows, config) for name, rows in sets.items()}
+    scored = [name for name in sets if name == "special" or not special]
+    scores = {name: score_set(params, sets[name], config) for name in scored}
     return state, (loss, state["tracker"]["counts"], hits, targets, scores)
 
 
