@@ -6,24 +6,19 @@ import optax
 
 from rmft_jax.kernels import example_counts, first_memorized, memorized, run_lengths, slice_counts, target_mask, token_nll
 
-VOCAB, WIDTH, CONTEXT, ROWS, LENGTH, STEPS = 50, 64, 3, 32, 24, 60
-tokens = jax.random.randint(jax.random.key(0), (ROWS, LENGTH), 0, VOCAB)  # nothing to learn but the rows themselves
+VOCAB, WIDTH, ROWS, LENGTH, STEPS = 50, 256, 32, 24, 60
+tokens = jax.random.randint(jax.random.key(3), (ROWS, LENGTH), 0, VOCAB).at[:, 0].set(jnp.arange(ROWS))
 segment_ids = jnp.tile(jnp.where(jnp.arange(LENGTH) < 10, 1, 2), (ROWS, 1))  # two documents a row
-half = jnp.broadcast_to(jnp.arange(LENGTH - 1) >= LENGTH // 2, (ROWS, LENGTH - 1)).astype(int)  # slices: first, second half
-keys = jax.random.split(jax.random.key(1), 3)
-params = {
-    "embed": jax.random.normal(keys[0], (VOCAB, WIDTH)),
-    "hidden": jax.random.normal(keys[1], (CONTEXT * WIDTH, 4 * WIDTH)) / WIDTH,
-    "output": jax.random.normal(keys[2], (4 * WIDTH, VOCAB)) / WIDTH,
-}
-optimizer = optax.adam(3e-3)
+half = jnp.broadcast_to(jnp.arange(LENGTH - 1) >= LENGTH // 2, (ROWS, LENGTH - 1)).astype(int)  # slices
 is_target = target_mask(segment_ids)
+normal = jax.nn.initializers.normal(0.1)
+params = {"embed": normal(jax.random.key(1), (3, VOCAB, WIDTH)), "output": normal(jax.random.key(2), (WIDTH, VOCAB))}
+optimizer = optax.adam(1e-2)
 
 
 def loss(params):
-    before = jnp.stack([jnp.roll(tokens[:, :-1], shift, axis=1) for shift in range(CONTEXT)], axis=-1)
-    embedded = params["embed"][before].reshape(ROWS, LENGTH - 1, -1)
-    logits = jax.nn.relu(embedded @ params["hidden"]) @ params["output"]
+    back = [jnp.pad(tokens, ((0, 0), (n, 0)))[:, : LENGTH - 1] for n in range(len(params["embed"]))]  # n tokens back
+    logits = jax.nn.relu(sum(table[ids] for table, ids in zip(params["embed"], back, strict=True))) @ params["output"]
     nll = token_nll(logits, tokens[:, 1:])
     return jnp.sum(nll, where=is_target) / jnp.sum(is_target), jnp.argmax(logits, axis=-1) == tokens[:, 1:]
 
@@ -40,7 +35,6 @@ def step(carried, number):
 
 start = params, optimizer.init(params), jnp.full(ROWS, -1)
 _, ((hits, targets), runs, first) = jax.jit(lambda start: jax.lax.scan(step, start, jnp.arange(STEPS)))(start)
-for number in (0, 10, 20, 30, STEPS - 1):
-    share = hits[number] / targets[number]
-    print(f"step {number}: M {share[0]:.2f} and {share[1]:.2f} of the halves, runs of {runs.total[number].sum()} tokens / "
-          f"{runs.count[number].sum()}, the longest {runs.longest[number].max()}, {(first[number] >= 0).sum()} rows known")
+for n in (0, 10, 20, 30, STEPS - 1):
+    m, known = hits[n] / targets[n], (first[n] >= 0).sum()
+    print(f"step {n}: M {m[0]:.2f}, {m[1]:.2f} of the halves, longest run {runs.longest[n].max()}, {known} rows known")

@@ -397,4 +397,4 @@ def test_somebody_elses_loop_follows_memorization():
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     first, *_, last = done.stdout.splitlines()
-    assert "0 rows known" in first and last.startswith("step 59: M 1.00 and 1.00") and "32 rows known" in last
+    assert "0 rows known" in first and last.startswith("step 59: M 1.00, 1.00 of the halves") and "32 rows known" in last
