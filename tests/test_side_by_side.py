@@ -75,9 +75,10 @@ def test_a_member_is_the_same_beside_others_and_split_over_a_mesh(tiny, config, 
     mesh = tiny(*SMALL, "training.batch_size=8", "training.sequence_length=32", "training.dropout=0.1",
                 "tracker.enabled=true", "masking.policy=bernoulli", "masking.p=0.5",
                 "mesh.fsdp=4", "mesh.replica=2")  # fmt: skip
-    group, blocks = start(mesh, prepared, np.array([5]), sharded=True)
+    split = [start(mesh, prepared, np.array(seeds), sharded=True)[0] for seeds in ([5], [5, 6, 7])]
+    blocks, _ = load_blocks(config, prepared)
     out = []
-    for trainer, seeds in zip((*few, group), ([5], [5, 6, 7], [5]), strict=True):
+    for trainer, seeds in zip((*few, *split), ([5], [5, 6, 7]) * 2, strict=True):
         rows = ordinary_rows(len(blocks), np.array(seeds), batch_size=BATCH, start=0, steps=STEPS)
         out.append(trainer.round(*rows))
     for other in out[1:]:

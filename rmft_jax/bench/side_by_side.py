@@ -12,7 +12,7 @@ from rmft_jax.bench.train import tagged_text
 from rmft_jax.config import Config
 from rmft_jax.data.blocks import all_rows
 from rmft_jax.progress import track
-from rmft_jax.training.side_by_side import SideBySide, ordinary_rows
+from rmft_jax.training.side_by_side import SideBySide, fills_devices, ordinary_rows
 from rmft_jax.training.tracker import TrackerShape
 
 MEMBERS, STEPS = 8, 16
@@ -21,12 +21,13 @@ MEMBERS, STEPS = 8, 16
 def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
     """Time rounds of 16 steps of 8 seeds side by side against the same rounds of each seed alone, one after the other.
 
-    One alone is trained in two ways, of which the faster counts: by the same program for one member, on one device, which
-    on CPU uses every core for its matrix products; and split over all devices, as `rmft train` does it. A pair is four
-    samples in mirrored order (ABBA).
+    Side by side is what `rmft study scaling` does: under `vmap`, or where one model keeps the devices busy, in turn within
+    one program. One alone is trained in two ways, of which the faster counts: by the same program for one member, on one
+    device, which on CPU uses every core for its matrix products; and split over all devices, as `rmft train` does it.
+    A pair is four samples in mirrored order (ABBA).
 
-    Returns name, device, versions, unit, shape, parameters (of one), value and peer_value (medians, ms a step of all eight),
-    peer (which way was the faster one), ratio (median of peer / ours over the pairs), and runs: the pairs of samples.
+    Returns name, device, versions, unit, shape, parameters (of one), how, value and peer_value (medians, ms a step of all
+    eight), peer (which way was the faster one), ratio (median of peer / ours over the pairs), and runs: the pairs.
     """
     prepared, blocks = tagged_text(config)
     tokenizer = dataclasses.replace(config.tokenizer, vocab_size=prepared.tokenizer.vocab_size)
@@ -40,7 +41,8 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
         group.round(*shown)  # compiles
         return group, lambda: group.round(*shown)
 
-    together, round_together = trainer(list(range(MEMBERS)))
+    in_turn = fills_devices(config, prepared.tokenizer.vocab_size)
+    together, round_together = trainer(list(range(MEMBERS)), in_turn)
     alone = {"on one device": trainer([0])[1], "split over all devices": trainer([0], sharded=True)[1]}
 
     def spent(rounds, times: int) -> float:
@@ -69,6 +71,7 @@ def run(config: Config, peer: str = "", *, runs: int = 7) -> dict:
         },
         "parameters": together.parameters,
         "value": float(ours),
+        "how": "in turn, each split over all devices" if in_turn else "vmap",
         "peer": f"one after the other, each {best}",
         "peer_value": float(single),
         "ratio": float(np.median([b / a for a, b in pairs])),

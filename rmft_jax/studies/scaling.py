@@ -25,7 +25,7 @@ from rmft_jax.kernels import TaggedBatch
 from rmft_jax.progress import say, track
 from rmft_jax.studies.scaling_results import scaling_results, updates_until
 from rmft_jax.training.loop import load_blocks
-from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, ordinary_rows
+from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, fills_devices, ordinary_rows
 from rmft_jax.training.tracker import TrackerShape, slice_names, tracker_shape
 
 _DATA = ("source", "tokenizer", "pii", "canary")  # sections that the prepared data depend on
@@ -150,7 +150,8 @@ def run_group(group: Group, config: Config) -> dict:
     seeds = range(config.seed, config.seed + config.study.seeds)
     members = list(itertools.product(group.arms, seeds))
     at_once = [members] if scaling.side_by_side else [[member] for member in members]
-    tracks = [_train(group, experiment, text, some, scaling.taus, not scaling.side_by_side) for some in at_once]
+    sharded = not scaling.side_by_side or fills_devices(group.config, text.prepared.tokenizer.vocab_size)
+    tracks = [_train(group, experiment, text, some, scaling.taus, sharded) for some in at_once]
     arms: dict[str, list] = {}
     for (arm, seed), track_ in zip(members, itertools.chain.from_iterable(tracks), strict=True):
         arms.setdefault(arm, []).append({"seed": seed} | track_)

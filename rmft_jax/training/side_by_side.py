@@ -19,7 +19,7 @@ from rmft_jax.config import Config
 from rmft_jax.data.loader import shuffled
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.kernels import TaggedBatch
-from rmft_jax.models.gpt import count_params
+from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.mesh import make_mesh, placement, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
@@ -27,6 +27,7 @@ from rmft_jax.training.step import init_state, model_of, score_unmasked, train_s
 from rmft_jax.training.tracker import TrackerShape
 
 SIT_OUT = -1  # in the place of a block's number
+ENOUGH = 3e8  # floating-point operations of a step that keep the cores of a CPU busy
 
 
 class SetScores(NamedTuple):
@@ -82,22 +83,21 @@ class SideBySide:
         self._config, self._members = config, len(seeds)
         self._optimizer = make_optimizer(config.training, steps)
         sizes = prepared.tokenizer.vocab_size + more_pieces, prepared.identities, self._optimizer, tracker
-        init = lambda seed: init_state(config, *sizes, seed=seed)  # noqa: E731
+        init = jax.vmap(lambda seed: init_state(config, *sizes, seed=seed))
         if sharded:
-            if len(seeds) != 1:
-                raise ValueError("one member at a time is split over a mesh")
             self._mesh = make_mesh(config.mesh)
             self._config = choose_attention(config, self._mesh)
-            whole = replicated(self._mesh)
-            self._split = shardings_for(jax.eval_shape(init, jnp.int32(0)), self._mesh)
-            init = jax.jit(init, out_shardings=self._split)
-            self.state = init(jnp.int32(seeds[0]))
+            one = jax.eval_shape(lambda: init_state(config, *sizes))
+            of_members = jax.tree.map(
+                lambda split: jax.NamedSharding(self._mesh, P(None, *split.spec)), shardings_for(one, self._mesh)
+            )
+            self._split, whole = of_members, replicated(self._mesh)
         else:
             count = max(n for n in range(1, jax.device_count() + 1) if len(seeds) % n == 0)
             self._mesh = Mesh(np.array(jax.devices()[:count]), ("member",))
             self._split, whole = None, jax.NamedSharding(self._mesh, P())
             of_members = jax.NamedSharding(self._mesh, P("member"))
-            self.state = jax.jit(jax.vmap(init), out_shardings=of_members)(jnp.asarray(seeds, jnp.int32))
+        self.state = jax.jit(init, out_shardings=of_members)(jnp.asarray(seeds, jnp.int32))
         self._seeds = jnp.asarray(seeds, jnp.int32)
         self._fixed = jax.device_put((data, prepared.bank, sets), whole)
         self._programs = {special: self._compile(special) for special in (False, True)}
@@ -122,14 +122,17 @@ class SideBySide:
         member = functools.partial(_member, config=self._config, optimizer=self._optimizer, special=special)
         if self._split is not None:
 
-            def one(state, rows, seeds, *fixed):
+            def in_turn(*each_and_fixed):
+                each, fixed = each_and_fixed[:3], each_and_fixed[3:]
                 with placement(self._mesh):
-                    state, results = member(state, jax.tree.map(lambda x: x[0], rows), seeds[0], *fixed)
-                return state, jax.tree.map(lambda x: x[None], results)
+                    if self._members > 1:
+                        return jax.lax.map(lambda one: member(*one, *fixed), each)
+                    out = member(*jax.tree.map(lambda x: x[0], each), *fixed)  # without a second copy of the state
+                return jax.tree.map(lambda x: x[None], out)
 
             whole = replicated(self._mesh)
             shardings = {"in_shardings": (self._split, *[whole] * 5), "out_shardings": (self._split, whole)}
-            return jax.jit(one, donate_argnums=0, **shardings)
+            return jax.jit(in_turn, donate_argnums=0, **shardings)
         split = P("member")
 
         def together(state, rows, seeds, *fixed):
@@ -137,6 +140,19 @@ class SideBySide:
 
         specs = {"in_specs": (split, split, split, P(), P(), P()), "out_specs": split}
         return jax.jit(jax.shard_map(together, mesh=self._mesh, check_vma=False, **specs), donate_argnums=0)
+
+
+def fills_devices(config: Config, vocab_size: int) -> bool:
+    """Return whether one member is enough work for the devices, so that members had better be `sharded`.
+
+    On accelerators it is the user who knows. On CPU, from about 3e8 operations a step on, waiting costs less than what
+    batched matrix products lose.
+    """
+    training, devices = config.training, jax.device_count()
+    fits = training.batch_size // training.accumulation % devices == 0
+    flops = flops_per_token(config.model, vocab_size, training.sequence_length)
+    tokens = training.batch_size * training.sequence_length
+    return jax.default_backend() == "cpu" and fits and flops * tokens >= ENOUGH
 
 
 def _member(state, rows, seed, data, bank, sets, *, config, optimizer, special: bool) -> tuple[dict, tuple]:
