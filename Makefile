@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow chaos lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
@@ -12,6 +12,9 @@ test: $(INSTALLED) lint
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m pytest -s tests/test_chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check rmft_jax tests

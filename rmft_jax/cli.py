@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from rmft_jax.errors import UserError
+from rmft_jax.errors import Preempted, UserError
+from rmft_jax.files import disk_fault
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
@@ -343,9 +344,13 @@ def _use_large_pages() -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit code 2 for a mistake the user can mend, 1 for a fault of ours, with its traceback."""
+    """Run the command line.
+
+    Exit code 2 for a mistake the user can mend, 143 after SIGTERM, 130 after Ctrl-C, 1 for a fault of ours (a traceback).
+    """
     _use_large_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.unraisablehook = _without_late_answers
     if len(sys.argv) == 1:
         sys.argv.append("--help")
     try:
@@ -355,9 +360,33 @@ def main() -> None:
         _fail(str(error))
     except TyperException as error:  # an unknown option, a missing argument
         _fail(f"{error.format_message()} (see rmft {' '.join(sys.argv[1:2])} --help)")
+    except Preempted as notice:
+        print(notice, file=sys.stderr)
+        sys.exit(143)
     except KeyboardInterrupt:
         print("interrupted; finished checkpoints are kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if (fault := _fault_of_the_machine(error)) is None:
+            raise
+        _fail(fault)
+
+
+def _without_late_answers(unraisable, otherwise=sys.unraisablehook) -> None:
+    """Report what Python cannot raise, but for answers of the storage to a save that was given up: its error is raised."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        otherwise(unraisable)
+
+
+def _fault_of_the_machine(error: Exception) -> str | None:
+    """Return the line for a disk or a memory that is full, None for any other error."""
+    if isinstance(error, OSError) and (fault := disk_fault(error)):
+        where = error.filename or "a file"
+        return f"{where} cannot be written ({fault}): make room, or choose another out=; the same command goes on from there"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return (f"out of memory ({(str(error) or 'host').splitlines()[0][:200]}): lower training.batch_size or raise "
+                f"training.accumulation, see rmft plan; the same command goes on from the newest checkpoint")  # fmt: skip
+    return None
 
 
 def _fail(message: str) -> None:

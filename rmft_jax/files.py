@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -15,6 +16,15 @@ from typing import Any
 import numpy as np
 
 from rmft_jax.errors import UserError
+
+_NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+_DISK = {number: os.strerror(number) for number in _NUMBERS}
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Return what the system says of the disk in an error of writing, whoever raised it; None where it is another error."""
+    known = error.errno if isinstance(error, OSError) else 0
+    return next((said for number, said in _DISK.items() if number == known or said in str(error)), None)
 
 
 def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
@@ -77,6 +87,21 @@ def read_json(path: Path, what: str, mend: str) -> Any:
         raise UserError(f"{what} {path} cannot be read ({error.strerror}): {mend}") from None
     except ValueError:
         raise UserError(f"{what} {path} is not valid JSON: {mend}") from None
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Read the JSON values of a file that grows line by line; none where there is no file.
+
+    A last line that was cut off, by a process that died while it wrote, is left out.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    values = []
+    for line in lines:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            break
+    return values
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False) -> None:

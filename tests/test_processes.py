@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -37,14 +39,7 @@ def test_two_processes_with_two_devices_train_as_one_with_four(tiny, tmp_path):
                       "mesh.replica=2", "mesh.fsdp=2")  # fmt: skip
         path = tmp_path / f"{name}.yaml"
         path.write_text(to_yaml(config))
-        if number == 0:
-            processes = [start(path, devices=4)]
-        else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                address = f"127.0.0.1:{free.getsockname()[1]}"
-            told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-            processes = [start(path, devices=2, JAX_PROCESS_ID=str(n), **told) for n in range(2)]
+        processes = start_two(path) if number else [start(path, devices=4)]
         said = [process.communicate(timeout=200) for process in processes]
         assert [process.returncode for process in processes] == [0] * len(processes), said
         assert [str(config.run_dir) in out for out, _ in said] == [True, *[False] * (len(processes) - 1)]
@@ -55,6 +50,47 @@ def test_two_processes_with_two_devices_train_as_one_with_four(tiny, tmp_path):
     scores = [json.loads((config.run_dir / "evaluation.json").read_text())["checkpoints"][-1] for config in runs]
     assert scores[0]["perplexity"] == pytest.approx(scores[1]["perplexity"], rel=1e-5)
     assert (runs[1].run_dir / "checkpoints" / "20" / "params").is_dir()
+
+
+def start_two(path, **more: str) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", **more}
+    return [start(path, devices=2, JAX_PROCESS_ID=str(n), **told) for n in range(2)]
+
+
+@pytest.mark.timeout(600)
+def test_a_process_that_dies_ends_the_other_which_names_it(tiny, tmp_path):
+    """Then all of them, or one process with as many devices, go on to what the undisturbed run comes to."""
+    settings = ["training.steps=60", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=10",
+                "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
+    expected = tiny("name=peers_undisturbed", *settings)
+    (path := tmp_path / "undisturbed.yaml").write_text(to_yaml(expected))
+    assert start(path, devices=4).wait(200) == 0
+    config = tiny("name=peers", *settings)
+    (path := tmp_path / "peers.yaml").write_text(to_yaml(config))
+    for victim in (1, 0):
+        before = newest_step(config)
+        processes = start_two(path, RMFT_PEER_TIMEOUT="5")
+        while newest_step(config) <= before and all(process.poll() is None for process in processes):
+            time.sleep(0.05)
+        processes[victim].kill()
+        killed, other = time.monotonic(), processes[1 - victim]
+        _, said = other.communicate(timeout=100)
+        assert other.returncode == 75, said
+        assert re.search(f"error: process {victim} of 2.*: process {1 - victim} ends too", said), said
+        assert time.monotonic() - killed < 30
+        processes[victim].communicate()
+    last = start(path, devices=4)
+    _, said = last.communicate(timeout=200)
+    assert last.returncode == 0 and "going on from step" in said, said
+    np.testing.assert_allclose(losses(config), losses(expected), rtol=1e-4)
+
+
+def newest_step(config) -> int:
+    steps = [int(path.name) for path in (config.run_dir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
 
 
 HALF_TOLD = (

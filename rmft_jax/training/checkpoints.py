@@ -2,24 +2,33 @@
 
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
 `progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, and `tracker` in runs that
-follow memorization.
+follow memorization. Beside them `fingerprints`: of each array as it was when saved, against which it is held when read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rmft_jax.devices import is_main
 from rmft_jax.errors import UserError
+from rmft_jax.files import disk_fault
+from rmft_jax.kernels import fingerprint
 from rmft_jax.models.lora import merge, with_adapters
+from rmft_jax.progress import say
 
 # orbax reports on itself at length; what matters of it reaches the user as an exception
-logging.getLogger("absl").setLevel(logging.ERROR)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 ITEMS = {
     "params": ("params",),
@@ -30,6 +39,14 @@ ITEMS = {
     "average": ("average",),
     "tracker": ("tracker",),
 }
+
+
+class Damaged(UserError):
+    """What a checkpoint holds is not what was saved."""
+
+    def __init__(self, path: Path, why: str):
+        super().__init__(f"checkpoint {path} is damaged ({why}): name another, or delete it and train from the one before")
+        self.path, self.why = path, why
 
 
 class Checkpoints:
@@ -45,7 +62,8 @@ class Checkpoints:
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
-            item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS},
+            item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS}
+            | {"fingerprints": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
             ),
@@ -75,23 +93,70 @@ class Checkpoints:
         """Save a train state in the background; the copy to host memory is done when this returns."""
         step = int(state["step"])
         items = {item: {name: state[name] for name in names} for item, names in ITEMS.items() if names[0] in state}
-        save = self._ocp.args.StandardSave
-        self._manager.save(step, args=self._ocp.args.Composite(**{item: save(tree) for item, tree in items.items()}))
+        args = {item: self._ocp.args.StandardSave(tree) for item, tree in items.items()}
+        fingerprints = {path: sums for tree in items.values() for path, sums in _fingerprints(tree).items()}
+        args["fingerprints"] = self._ocp.args.JsonSave(fingerprints)
+        with self._writing():
+            self._manager.save(step, args=self._ocp.args.Composite(**args))
 
     def restore(self, step: int, target: dict, items: Sequence[str] = ()) -> dict:
         """Restore a step onto `target`, a train state of arrays or ShapeDtypeStructs with shardings.
 
         items: which to read, all that the target has unless said; only those keys of the target are used. Raises UserError
-        when shapes differ.
+        when shapes differ, Damaged when something is missing, cannot be read or is not what was saved.
         """
         items = items or [item for item, names in ITEMS.items() if names[0] in target]
         trees = {item: {name: target[name] for name in ITEMS[item]} for item in items}
-        for item, tree in trees.items():
-            self._check_shapes(step, item, tree)
         restore = self._ocp.args.StandardRestore
-        args = self._ocp.args.Composite(**{item: restore(tree) for item, tree in trees.items()})
-        restored = self._manager.restore(step, args=args)
-        return {name: value for item in items for name, value in restored[item].items()}
+        args = {item: restore(tree) for item, tree in trees.items()}
+        try:
+            saved = self._manager.item_metadata(step)
+            for item, tree in trees.items():
+                self._check_shapes(step, item, tree, saved[item])
+            if (self.directory / str(step) / "fingerprints").exists():  # not in those of earlier versions
+                args["fingerprints"] = self._ocp.args.JsonRestore()
+            restored = self._manager.restore(step, args=self._ocp.args.Composite(**args))
+        except UserError:
+            raise
+        except Exception as error:  # whatever storage and parsers make of broken files
+            raise self._damaged(step, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}") from None
+        state = {name: value for item in items for name, value in restored[item].items()}
+        if "fingerprints" in args:
+            then, now = restored["fingerprints"], _fingerprints(state)
+            if changed := next((name for name in now if then.get(name) != now[name]), None):
+                raise self._damaged(step, f"{changed} is not what was saved")
+        return state
+
+    def restore_newest(self, target: dict) -> tuple[int, dict] | None:
+        """Restore the newest checkpoint that is whole onto `target`; return its step and the state, None without any.
+
+        Damaged ones that are newer are named, and moved to `damaged` beside the checkpoints. Raises UserError when shapes
+        differ.
+        """
+        refused, found = {}, None
+        for step in reversed(self.steps()):
+            try:
+                found = step, self.restore(step, target)
+                break
+            except UserError as error:
+                refused[step] = error
+        if not found and (others := [error for error in refused.values() if not isinstance(error, Damaged)]):
+            raise others[0]  # none has the shapes that are asked for: it is the config that is another
+        for step, error in refused.items():
+            aside = self.directory.parent / "damaged" / str(step)
+            why = getattr(error, "why", str(error))
+            going_on = f"step {found[0]}" if found else "the start"
+            where = self.directory / str(step)
+            say(f"checkpoint {where} is damaged ({why}): set aside as {aside}, going on from {going_on}")
+            if is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                where.rename(aside)
+        if refused:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+        return found
 
     def restore_params(self, step: int, target: dict) -> dict:
         """Restore the parameters of a step onto `target`, the parameters alone, adapters merged into them.
@@ -110,14 +175,30 @@ class Checkpoints:
         return merged(with_adapters(params, more["adapters"], more["adapter_scale"]))
 
     def close(self) -> None:
-        """Wait for saves under way and release the directory."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for saves under way and release the directory. Raises UserError when one of them failed."""
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+        finally:
+            self._manager.close()
 
-    def _check_shapes(self, step: int, item: str, tree: dict) -> None:
-        metadata = self._manager.item_metadata(step)[item]
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one line that a disk is full or read-only: the save under way, or one before it that fails only now."""
+        try:
+            yield
+        except Exception as error:
+            if (fault := disk_fault(error)) is None:
+                raise
+            raise UserError(f"a checkpoint cannot be written below {self.directory} ({fault}): make room, or choose another "
+                            f"out=; those before it are whole, the same command goes on from there") from None  # fmt: skip
+
+    def _damaged(self, step: int, why: str) -> Damaged:
+        return Damaged(self.directory / str(step), why)
+
+    def _check_shapes(self, step: int, item: str, tree: dict, metadata) -> None:
         if metadata is None:
-            raise UserError(f"{self.directory / str(step)} has no {item}: it is not a whole checkpoint, name another")
+            raise self._damaged(step, f"it has no {item}")
         saved = {_path(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(metadata.tree)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name, wanted = _path(path), tuple(leaf.shape)
@@ -138,3 +219,20 @@ def _path(path) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
+
+
+def _fingerprints(state: dict) -> dict[str, list[int]]:
+    """Return the fingerprint of each array by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {_path(path): [int(part) for part in jax.device_get(_fingerprint_of(leaf))] for path, leaf in leaves}
+
+
+def _fingerprint_of(leaf) -> jax.Array:
+    """Compute it where the array is, so that nothing but the result moves."""
+    where = getattr(leaf, "sharding", None)
+    return _compiled(NamedSharding(where.mesh, P()) if isinstance(where, NamedSharding) else None)(leaf)
+
+
+@functools.cache
+def _compiled(sharding: NamedSharding | None):
+    return jax.jit(fingerprint, out_shardings=sharding)

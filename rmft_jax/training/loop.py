@@ -20,8 +20,8 @@ from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.devices import device_memory, is_main, keep_programs, peak_flops
-from rmft_jax.errors import UserError
-from rmft_jax.files import read_json, write_json, write_text
+from rmft_jax.errors import Preempted, UserError
+from rmft_jax.files import read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
@@ -33,6 +33,8 @@ from rmft_jax.training.masking import masked_share
 from rmft_jax.training.memory import describe_memory, estimate, inputs_of
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.peers import Peers, peer_timeout
+from rmft_jax.training.preemption import Preemption
 from rmft_jax.training.privacy import UNIT, Accountant, resolve_privacy
 from rmft_jax.training.step import compile_eval_step, compile_train_step, init_state, model_of
 from rmft_jax.training.tracker import read_tags, tag_canaries, tracker_shape
@@ -57,7 +59,7 @@ def train(config: Config) -> Path:
 
     The directory holds config.yaml, run.json, metrics.jsonl, tensorboard/, evaluation.json and checkpoints/, and with
     tracker.enabled memorization.jsonl. A run that was interrupted goes on from its newest checkpoint, with the same numbers
-    as an undisturbed one; a finished one stays.
+    as an undisturbed one; a finished one stays. Raises Preempted, after saving, when the process is told to stop.
     """
     if config.training.objective != "causal":
         raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
@@ -92,19 +94,22 @@ def train(config: Config) -> Path:
         say(f"{directory}: already trained, {done[-1]} steps{early}")
         checkpoints.close()
         return directory
-    if done:
-        state = checkpoints.restore(done[-1], abstract(shapes, shardings))
+    found = checkpoints.restore_newest(abstract(shapes, shardings))
+    if found:
+        state = found[1]
     else:
         state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:
                 state["average"] = jax.tree.map(jnp.copy, state["adapters" if config.lora.rank else "params"])
-    _say_plan(config, prepared, plan, mesh, state, blocks, accountant, done, describe_memory(memory, limit))
+    _say_plan(config, prepared, plan, mesh, state, blocks, accountant, found, describe_memory(memory, limit))
     if is_main():
         write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant))
     try:
-        _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory)
+        with Peers(peer_timeout()) as peers, Preemption() as preemption:
+            _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory,
+                 peers, preemption)  # fmt: skip
     finally:
         checkpoints.close()
     return directory
@@ -132,8 +137,9 @@ def make_plan(config: Config, blocks: int) -> Plan:
 
 
 def _run(
-    config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory
-) -> None:
+    config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory, peers,
+    preemption,
+) -> None:  # fmt: skip
     """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
     most, every = config.training.steps_per_dispatch, config.checkpoint.every_steps
     step_fns = {count: compile_train_step(config, optimizer, mesh, shapes, steps=count) for count in {1, most}}
@@ -155,6 +161,7 @@ def _run(
             batch = put([next(source) for _ in range(count)], mesh)
         with profile.of(step):
             state, metrics = step_fns[count](state, batch, bank)
+        peers.advance()
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
         if memory:
@@ -179,6 +186,14 @@ def _run(
         elif step in stops:
             log.flush()
             checkpoints.save(state)
+        if preemption.notified() and step < plan.steps:
+            log.flush()
+            if step not in stops:
+                if memory:
+                    memory.flush()
+                checkpoints.save(state)
+            raise Preempted(f"told to stop (SIGTERM): {directory} is saved at step {step} of {plan.steps}, the same command "
+                            f"goes on from there")  # fmt: skip
     profile.close()
     log.close()
 
@@ -254,8 +269,8 @@ class MetricsLog:
         if is_main():
             import tensorboardX
 
-            kept = [line for line in _lines(self._path) if json.loads(line)["step"] <= begin]
-            write_text(self._path, "".join(line + "\n" for line in kept))
+            kept = [record for record in read_lines(self._path) if record["step"] <= begin]
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
@@ -330,10 +345,6 @@ class MetricsLog:
                 self._board.add_scalar(f"train/{name}", value, step)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-
 def _evaluations(directory: Path) -> list[dict]:
     path = directory / "evaluation.json"
     return read_json(path, "evaluation", "delete the run")["checkpoints"] if path.exists() else []
@@ -403,7 +414,7 @@ def _initial_params(config: Config, prepared: Prepared) -> dict:
 
 
 def _say_plan(
-    config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, accountant, done: list[int],
+    config: Config, prepared: Prepared, plan: Plan, mesh, state: dict, blocks: Blocks, accountant, found: tuple | None,
     memory: str,
 ) -> None:  # fmt: skip
     training = config.training
@@ -425,7 +436,7 @@ def _say_plan(
         + (f"\n  {_lora_line(config, state)}" if config.lora.rank else "")
         + _privacy_line(accountant, plan)
         + _mfu_line(mesh)
-        + (f"\n  going on from step {done[-1]}" if done else "")
+        + (f"\n  going on from step {found[0]}" if found else "")
     )
 
 

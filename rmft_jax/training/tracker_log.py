@@ -10,7 +10,7 @@ import numpy as np
 
 from rmft_jax.config import Config
 from rmft_jax.devices import is_main
-from rmft_jax.files import write_text
+from rmft_jax.files import read_lines, write_text
 from rmft_jax.training.tracker import slice_names
 
 SCHEMA = 1
@@ -67,8 +67,7 @@ class TrackerLog:
         self._bins = self._last["lengths"].shape[1]
         self._pending: tuple[int, int, dict] | None = None
         self._epochs: dict[int, Tally] = {}  # the unfinished ones
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        records = [record for record in map(json.loads, lines) if record.get("step", begin + 1) <= begin]
+        records = [record for record in read_lines(self._path) if record.get("step", begin + 1) <= begin]
         for record in records:
             self._add_up(record["epoch"], Tally.of_record(record, self._names, self._bins), record["kind"] == "epoch")
         slices = ["all", *self._names]
