@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 import threading
@@ -46,16 +48,20 @@ class Peers:
         self._seen: dict[int, tuple[str, float]] = {}  # sign of life, and when it last changed
         self._behind: dict[int, float] = {}  # since when
         self._hosts: dict[int, str] = {}
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._aborted())
 
     def __enter__(self) -> Peers:
         if self._count > 1:
-            self._thread = threading.Thread(target=self._watch, daemon=True, name="peers")
-            self._thread.start()
+            threading.Thread(target=self._watch, daemon=True, name="peers").start()
+            # JAX aborts as soon as the coordinating process is gone. Python's own handlers never run after an abort.
+            ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and self._count > 1:
             time.sleep(2 * self._timeout)  # most likely a connection to a process that is gone: the thread will name it
+        if self._count > 1:
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
         self._ended.set()
 
     def advance(self) -> None:
@@ -97,6 +103,17 @@ class Peers:
                 self._end(process, f"is stuck at dispatch {dispatches}, the others at {self._dispatches}")
         else:
             self._behind.pop(process, None)
+
+    def _aborted(self) -> None:
+        from jax._src import distributed
+
+        host, port = distributed.global_state.coordinator_address.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            process = min(self._seen, key=lambda peer: self._seen[peer][1], default=0)
+        except OSError:
+            process = 0
+        self._end(process, "has left the run")
 
     def _end(self, process: int, why: str) -> None:
         if self._ended.is_set():
