@@ -53,7 +53,7 @@ class HuggingFaceTokenizer:
         self.files, self.model = files, files[_FILE]
         self._tree = _tree(files, _FILE, where)
         settings = self._tree | {"padding": None, "truncation": None}
-        if (settings.get("normalizer") or {}).get("type") == "NFC":
+        if _is_nfc(settings):
             settings["normalizer"] = None
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
@@ -73,7 +73,7 @@ class HuggingFaceTokenizer:
         except OSError as error:
             raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): check tokenizer.path") from None
         out = cls(files, str(path))
-        if (out._tree.get("normalizer") or {}).get("type") == "NFC":
+        if _is_nfc(out._tree):
             say(f"tokenizer {path}: its normalizer NFC is left out, so that text stays as it is")
         return out
 
@@ -270,6 +270,11 @@ def _kind(part: dict | None) -> str:
         return "none"
     inner = [item for items in part.values() if isinstance(items, list) for item in items if isinstance(item, dict)]
     return "+".join(_kind(item) for item in inner if "type" in item) or str(part.get("type"))
+
+
+def _is_nfc(tree: dict) -> bool:
+    normalizer = tree.get("normalizer")
+    return isinstance(normalizer, dict) and normalizer.get("type") == "NFC"
 
 
 def _is_byte(token: str) -> bool:

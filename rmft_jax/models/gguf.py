@@ -103,7 +103,7 @@ class _Tensors:
     """The tensors of a file, dequantised one at a time. files: names as `transformers` has them -> tensor."""
 
     def __init__(self, path: Path, tensors: dict[str, Any], settings: dict, family: Family):
-        self._path, self._settings = path, settings
+        self._path, self._settings, self.bytes = path, settings, path.stat().st_size
         self._permuted = family.architecture == "LlamaForCausalLM"
         self.files = {_name(name): tensor for name, tensor in tensors.items()}
 

@@ -236,16 +236,23 @@ def read_model(settings: dict, path: Path, open_tensors: Callable[[Family], Any]
 
     Args:
       settings: the config.json. path: where they are from, for messages.
-      open_tensors: the family -> what holds the tensors by the family's names: `files`, the names that are left, and
-        `take(name, shape)`, which returns one and forgets it.
+      open_tensors: the family -> what holds the tensors by the family's names: `files`, the names that are left, `bytes` of
+        all files, and `take(name, shape)`, which returns one and forgets it.
 
     Raises UserError for a family that is not in FAMILIES, for what this model cannot express (scaled rotary positions,
     another activation), and for weights that do not fit the config.
     """
-    family, config = _read_config(settings, path)
+    try:
+        family, config = _read_config(settings, path)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:  # a word where a number belongs, and the like
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is not a config that transformers writes ({why}): save the model again") from None
     vocab_size = _number(settings, "vocab_size", path)
     tensors = open_tensors(family)
     shapes = jax.eval_shape(lambda: init_params(config, vocab_size, jax.random.key(0)))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if count > 8 * tensors.bytes:  # less than a bit each; said before there is room made for them
+        raise UserError(f"{path} asks for {count:,} parameters, its weights are {tensors.bytes:,} bytes: they do not fit")
 
     def read(place, shape) -> jax.Array:
         out = _aligned(shape.shape)
@@ -378,8 +385,9 @@ class _Tensors:
     """The tensors of a folder, read one at a time. files: name without the family's prefix -> (file, name in it)."""
 
     def __init__(self, folder: Path, family: Family):
-        self.folder, self.files = folder, {}
+        self.folder, self.files, self.bytes = folder, {}, 0
         for path in self._paths():
+            self.bytes += path.stat().st_size if path.exists() else 0
             for name in list(self._open(path).keys()):
                 plain = name.removeprefix(family.prefix)
                 plain = f"{family.output}.weight" if plain in ("lm_head.weight", "embed_out.weight") else plain
@@ -506,8 +514,9 @@ def _activation(theirs: Any, key: str, family: Family, path: Path) -> str:
 def _locality(settings: dict, values: dict, path: Path) -> dict:
     """Return local_window and local_every of GPT-Neo's attention_types, a list of [kinds, repetitions]."""
     types = settings.get("attention_types") or [[["global", "local"], 12]]
-    layers = tuple(kind == "local" for kinds, times in types for _ in range(times) for kind in kinds)
-    for every in range(1, len(layers) + 2):
+    fits = sum(len(kinds) * times for kinds, times in types) == values["layers"]  # before anything of that length is made
+    layers = tuple(kind == "local" for kinds, times in types for _ in range(times) for kind in kinds) if fits else ()
+    for every in range(1, len(layers) + 2) if fits else ():
         window = values["local_window"] if any(layers) else 0
         local = {"local_window": window, "local_every": every}
         if ModelConfig(layers=values["layers"], **local).local_layers == layers:
@@ -520,6 +529,7 @@ def _number(settings: dict, key: str, path: Path, default: int | None = None) ->
     value = settings.get(key, default)
     if value is None and default is not None:
         return 0
-    if not isinstance(value, int) or isinstance(value, bool) or value < (0 if key not in settings else 1):
-        raise UserError(f"{path}: {key} is {value!r}: it must be a whole number of 1 or more")
+    least = 0 if key not in settings else 1
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+        raise UserError(f"{path}: {key} is {value!r}: it must be a whole number of 1 or more, and below 2^31")
     return value

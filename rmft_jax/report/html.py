@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from rmft_jax.errors import UserError
 from rmft_jax.files import write_text
 from rmft_jax.report.plots import HEIGHT, LEFT, WIDTH, charts, style_classes
 from rmft_jax.report.scaling import scaling_charts, scaling_table
@@ -109,8 +110,16 @@ def render(results: dict) -> str:
 
 
 def write_report(results: dict, path: Path) -> Path:
-    """Write the report page for the results to the path, whole or not at all, and return the path."""
-    write_text(Path(path), render(results))
+    """Write the report page for the results to the path, whole or not at all, and return the path.
+
+    Raises UserError for results that are not such as this version writes.
+    """
+    try:
+        page = render(results)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, jinja2.TemplateError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise UserError(f"the results for {path} are not whole ({why}): run the command that wrote them again") from None
+    write_text(Path(path), page)
     return Path(path)
 
 
