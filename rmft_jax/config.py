@@ -489,6 +489,81 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True)
+class NoisyArmConfig:
+    """One way of training on partly wrong labels.
+
+    noise: symmetric (a share of the labels is drawn anew from all classes) | asymmetric (a share of each class in `flips` becomes
+    another class, flips[class]). method: ce (cross entropy) | elr | elr_plus | kl (the control); weight: lambda; beta: the
+    momentum of the targets.
+    """
+
+    noise: str = "symmetric"
+    share: float = 0.4
+    method: str = "ce"
+    weight: float = 3.0
+    beta: float = 0.7
+
+
+@dataclass(frozen=True)
+class NoisyLabelsConfig:
+    """Classifiers of one set of images in `rmft study early-learning`, trained for each arm and seed.
+
+    images, path: what `data.images.load_images` reads; limit, test_limit: images of each split at most, 0 = all.
+    model: mlp | conv | resnet18 | resnet34; widths: of the layers of an mlp or a conv. together: all in one batched program,
+    false = one after the other. flips: see the arms. score_every: epochs between points of the curves.
+    drop_at, drop: epochs after which the learning rate is divided by so much. augment: random shifts and mirrors.
+    mixup, average_decay: of ELR+, the parameter of its Beta distribution and the decay of the averages of the weights.
+    """
+
+    images: str = "digits"
+    path: str = ""
+    limit: int = 0
+    test_limit: int = 0
+    model: str = "mlp"
+    widths: tuple[int, ...] = (512, 512)
+    together: bool = True
+    flips: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, NoisyArmConfig] = field(default_factory=dict)
+    epochs: int = 250
+    score_every: int = 5
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    drop_at: tuple[int, ...] = ()
+    drop: float = 100.0
+    augment: bool = False
+    mixup: float = 1.0
+    average_decay: float = 0.997
+
+
+@dataclass(frozen=True)
+class LinearNoiseConfig:
+    """The linear model of Theorem 1 of arXiv 2007.00151.
+
+    points, features: n and p. share: of the labels that are drawn anew. deviation: s, of each feature about its mean.
+    steps: of gradient descent with learning_rate. weight, beta: of early-learning regularization beside it.
+    """
+
+    points: int = 1200
+    features: int = 1000
+    share: float = 0.5
+    deviation: float = 0.1
+    learning_rate: float = 0.1
+    steps: int = 12000
+    weight: float = 3.0
+    beta: float = 0.7
+
+
+@dataclass(frozen=True)
+class EarlyLearningConfig:
+    """What `rmft study early-learning` does: the linear model, then each of `sets`, name -> classifiers."""
+
+    linear: LinearNoiseConfig = field(default_factory=LinearNoiseConfig)
+    sets: dict[str, NoisyLabelsConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -497,7 +572,7 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling: what `rmft study scaling` takes in the place of methods, budgets and pretrain.
+    scaling, early_learning: what the studies of that name take in the place of methods, budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -505,6 +580,7 @@ class StudyConfig:
     budgets: tuple[str, ...] = ("epochs", "updates")
     pretrain: dict[str, typing.Any] = field(default_factory=dict)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
 
 
 @dataclass(frozen=True)

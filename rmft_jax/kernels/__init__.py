@@ -10,7 +10,15 @@ from rmft_jax.kernels.attention import (
     rotary_angles,
 )
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
-from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
+from rmft_jax.kernels.early_learning import (
+    average_weights,
+    clipped_softmax,
+    early_learning_penalty,
+    elr_loss,
+    elr_update_target,
+    kl_loss,
+    mixup,
+)
 from rmft_jax.kernels.exposure import exposure_by_rank
 from rmft_jax.kernels.extraction_scores import (
     all_hit,
@@ -53,11 +61,11 @@ from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_refer
 __all__ = [
     "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE",
     "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights",
-    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_mask", "document_positions",
+    "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask", "document_positions",
     "draw_surrogates",
-    "early_learning_penalty", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
-    "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "loss_score", "mask_batch", "memorized",
-    "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
+    "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
+    "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "kl_loss", "loss_score", "mask_batch", "memorized",
+    "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "queries_needed", "reference_score",
     "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
     "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
     "window_hash", "zlib_score",
