@@ -564,6 +564,41 @@ class EarlyLearningConfig:
 
 
 @dataclass(frozen=True)
+class FoldedImagesConfig:
+    """Variational autoencoders of one set of images in `rmft study m-score`, trained on folds of it.
+
+    images, path, limit: what `data.images.load_images` reads; the training split is what is cut into folds.
+    model: mlp (Bernoulli, of images binarised once) | conv (Gaussian); widths: of its layers; latent: latent variables.
+    folds, repetitions: K and L. score_at: epochs at which the score is taken, the last one ends training.
+    samples: of importance sampling, a multiple of 16. together: all runs in one batched program, false = one after the other.
+    neighbours: compare with nearest neighbours among held-out images and samples. gallery: images shown in the report.
+    """
+
+    images: str = "digits"
+    path: str = ""
+    limit: int = 0
+    model: str = "mlp"
+    widths: tuple[int, ...] = (256, 128)
+    latent: int = 8
+    folds: int = 5
+    repetitions: int = 3
+    score_at: tuple[int, ...] = (25, 100, 300)
+    batch_size: int = 64
+    learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    samples: int = 128
+    together: bool = True
+    neighbours: bool = True
+    gallery: int = 12
+
+
+@dataclass(frozen=True)
+class MScoreConfig:
+    """What `rmft study m-score` does: each of `sets`, name -> autoencoders of images."""
+
+    sets: dict[str, FoldedImagesConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -572,7 +607,7 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning: what the studies of that name take in the place of methods, budgets and pretrain.
+    scaling, early_learning, m_score: what the studies of that name take in the place of methods, budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -581,6 +616,7 @@ class StudyConfig:
     pretrain: dict[str, typing.Any] = field(default_factory=dict)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
+    m_score: MScoreConfig = field(default_factory=MScoreConfig)
 
 
 @dataclass(frozen=True)

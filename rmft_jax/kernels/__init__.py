@@ -29,6 +29,7 @@ from rmft_jax.kernels.extraction_scores import (
 )
 from rmft_jax.kernels.fused_attention import FUSED_ATTENTION, fused_attention, why_not_fused
 from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
+from rmft_jax.kernels.importance import importance_weighted_log_likelihood, logmeanexp, m_score
 from rmft_jax.kernels.masking import (
     PII,
     POLICIES,
@@ -64,7 +65,7 @@ __all__ = [
     "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask", "document_positions",
     "draw_surrogates",
     "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
-    "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "kl_loss", "loss_score", "mask_batch", "memorized",
+    "first_memorized", "fused_attention", "goldfish_mask", "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp", "loss_score", "m_score", "mask_batch", "memorized",
     "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "queries_needed", "reference_score",
     "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
     "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",

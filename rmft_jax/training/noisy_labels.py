@@ -78,7 +78,7 @@ def train_on_wrong_labels(config: NoisyLabelsConfig, images: Images, members: Me
         state, scores = program(state, (own, order), shared)
         curves.append(jax.device_get(scores))
     out = {name: np.stack([scores[name] for scores in curves], axis=1) for name in curves[0]}
-    target = np.asarray(state["target"]).mean(1)
+    target = np.asarray(state["target"]).mean(2)  # over networks
     return out | {"suspects": target.argmax(-1) != members.given}
 
 
