@@ -592,10 +592,25 @@ class FoldedImagesConfig:
 
 
 @dataclass(frozen=True)
+class FoldedTextConfig:
+    """GPTs trained on folds of the documents of `source` in `rmft study m-score`.
+
+    arms: name -> what it changes in the config, the first one without a defence; empty = no such runs.
+    folds, repetitions: K and L; copies of a document share its fold. epochs: passes of each run over its documents.
+    """
+
+    arms: dict[str, dict] = field(default_factory=dict)
+    folds: int = 5
+    repetitions: int = 2
+    epochs: int = 8
+
+
+@dataclass(frozen=True)
 class MScoreConfig:
-    """What `rmft study m-score` does: each of `sets`, name -> autoencoders of images."""
+    """What `rmft study m-score` does: each of `sets`, name -> autoencoders of images, then `text`."""
 
     sets: dict[str, FoldedImagesConfig] = field(default_factory=dict)
+    text: FoldedTextConfig = field(default_factory=FoldedTextConfig)
 
 
 @dataclass(frozen=True)

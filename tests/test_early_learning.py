@@ -95,7 +95,9 @@ def members(images: Images, seeds, elr, kl, beta) -> Member:
 
 
 def small(**more) -> NoisyLabelsConfig:
-    return NoisyLabelsConfig(**{"widths": (8,), "epochs": 2, "score_every": 1, "batch_size": 16, "learning_rate": 0.1} | more)
+    return NoisyLabelsConfig(
+        **{"widths": (8,), "epochs": 2, "score_every": 1, "batch_size": 16, "learning_rate": 0.1} | more
+    )
 
 
 def test_training_is_gradient_descent_on_the_formulas():
@@ -135,7 +137,9 @@ def test_training_is_gradient_descent_on_the_formulas():
 def test_members_side_by_side_are_what_each_is_alone(plus, together):
     images = toy_images(seed=1)
     seeds, elr, kl, beta = [0, 1, 0, 3], [0, 3, 0, 1], [0, 0, 2, 0], [0.5, 0.7, 0.9, 0.9]
-    many = train_on_wrong_labels(small(together=together), images, members(images, seeds, elr, kl, beta), plus=plus, title="")
+    many = train_on_wrong_labels(
+        small(together=together), images, members(images, seeds, elr, kl, beta), plus=plus, title=""
+    )
     for n in (1,) if plus else (1, 2):
         one = members(images, seeds[n : n + 1], elr[n : n + 1], kl[n : n + 1], beta[n : n + 1])
         alone = train_on_wrong_labels(small(), images, one, plus=plus, title="")
@@ -161,7 +165,9 @@ def test_resnet34_is_the_published_one_and_keeps_running_statistics():
     shapes = nnx.eval_shape(lambda: make_classifier("resnet34", (32, 32, 3), 10, (), jax.random.key(0)))
     size = sum(np.prod(x.shape) for x in jax.tree.leaves(nnx.state(shapes, nnx.Param)))
     ours = 21_797_672 - 990 * 513 - 64 * 3 * (49 - 9)  # torchvision's, with 10 classes and a 3 x 3 stem
-    moved = 2 * (512 - 64) - 2 * (64 + 128 + 256) - 2 * (128 + 256 + 512)  # norms stand before convolutions, none on shortcuts
+    moved = (
+        2 * (512 - 64) - 2 * (64 + 128 + 256) - 2 * (128 + 256 + 512)
+    )  # norms stand before convolutions, none on shortcuts
     assert size == ours + moved
     model = make_classifier("resnet18", (8, 8, 3), 10, (), jax.random.key(0))
     x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (4, 8, 8, 3)).astype(np.float32))
@@ -197,7 +203,9 @@ def test_an_epoch_shows_each_member_its_own_rows_once():
 def test_theorem_1_holds_on_a_small_model():
     config = LinearNoiseConfig(points=200, features=400, steps=1500)
     data = noisy_clouds(config, jax.random.key(0))
-    assert float(jnp.linalg.norm(data["theta"])) == pytest.approx(2, rel=1e-5) and abs(float(data["theta"] @ data["v"])) < 1e-5
+    assert (
+        float(jnp.linalg.norm(data["theta"])) == pytest.approx(2, rel=1e-5) and abs(float(data["theta"] @ data["v"])) < 1e-5
+    )
     assert float(jnp.mean(data["true"] != data["given"])) == pytest.approx(0.25, abs=0.07)
     plain, kept = (jax.device_get(descend(config, data, jnp.float32(weight))) for weight in (0.0, 3.0))
     early = int(np.argmax(plain["along"] >= 0.1))
@@ -219,9 +227,21 @@ ARMS = {"ce": {"share": 0.4}, "elr": {"share": 0.4, "method": "elr"}, "plus": {"
 
 
 def study_settings(out, **more):
-    digits = {"limit": 64, "test_limit": 32, "widths": [8], "epochs": 2, "score_every": 1, "batch_size": 16, "arms": ARMS} | more
+    digits = {
+        "limit": 64,
+        "test_limit": 32,
+        "widths": [8],
+        "epochs": 2,
+        "score_every": 1,
+        "batch_size": 16,
+        "arms": ARMS,
+    } | more
     linear = {"points": 40, "features": 50, "steps": 30}
-    return [f"out={out}", "study.seeds=2", f"study.early_learning={json.dumps({'linear': linear, 'sets': {'digits': digits}})}"]
+    return [
+        f"out={out}",
+        "study.seeds=2",
+        f"study.early_learning={json.dumps({'linear': linear, 'sets': {'digits': digits}})}",
+    ]
 
 
 def test_study_runs_resumes_and_is_shown(tmp_path):

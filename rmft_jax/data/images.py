@@ -129,7 +129,9 @@ def _tfds(name: str, folder: str) -> tuple:
             rows = [builder.as_data_source(split)[n] for n in range(builder.info.splits[split].num_examples)]
             arrays += [np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows])]
     except Exception as error:  # TFDS raises many kinds
-        raise UserError(f"TFDS has no {name} prepared in {folder or 'its folder'} ({error}): prepare it as array_record") from None
+        raise UserError(
+            f"TFDS has no {name} prepared in {folder or 'its folder'} ({error}): prepare it as array_record"
+        ) from None
     return *arrays, builder.info.features["label"].names
 
 

@@ -67,9 +67,7 @@ class ResNet(nnx.Module):
         self.first = nnx.Conv(channels, 64, (3, 3), use_bias=False, rngs=rngs)
         stages = [64 * 2**n for n, count in enumerate(blocks) for _ in range(count)]
         before = [64, *stages[:-1]]
-        self.blocks = nnx.List(
-            [_Block(a, b, 2 if a != b else 1, rngs=rngs) for a, b in zip(before, stages, strict=True)]
-        )
+        self.blocks = nnx.List([_Block(a, b, 2 if a != b else 1, rngs=rngs) for a, b in zip(before, stages, strict=True)])
         self.norm = nnx.BatchNorm(stages[-1], momentum=0.9, rngs=rngs)
         self.out = nnx.Linear(stages[-1], classes, rngs=rngs)
 

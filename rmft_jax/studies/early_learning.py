@@ -117,7 +117,9 @@ def _linear(settings: LinearNoiseConfig, seeds: range) -> dict:
         data = noisy_clouds(settings, jax.random.key(seed))
         plain, kept = (jax.device_get(descend(settings, data, jnp.float32(weight))) for weight in (0, settings.weight))
         early = int(np.argmax(plain["along"] >= 0.1)) if (plain["along"] >= 0.1).any() else settings.steps - 1
-        change = {name: float(plain[f"residual_{name}"][early] - plain[f"residual_{name}"][0]) for name in ("clean", "wrong")}
+        change = {
+            name: float(plain[f"residual_{name}"][early] - plain[f"residual_{name}"][0]) for name in ("clean", "wrong")
+        }
         found.append({
             "early_steps": early,
             "correlation": float(plain["correlation"][: max(1, early)].min()),
