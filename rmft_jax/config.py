@@ -492,9 +492,9 @@ class ScalingConfig:
 class NoisyArmConfig:
     """One way of training on partly wrong labels.
 
-    noise: symmetric (a share of the labels is drawn anew from all classes) | asymmetric (a share of each class in `flips` becomes
-    another class, flips[class]). method: ce (cross entropy) | elr | elr_plus | kl (the control); weight: lambda; beta: the
-    momentum of the targets.
+    noise: symmetric (a share of the labels is drawn anew from all classes) | asymmetric (a share of each class in `flips`
+    becomes another class, flips[class]). method: ce (cross entropy) | elr | elr_plus | kl (the control); weight: lambda;
+    beta: the momentum of the targets.
     """
 
     noise: str = "symmetric"

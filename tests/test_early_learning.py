@@ -246,6 +246,7 @@ def study_settings(out, **more):
 
 def test_study_runs_resumes_and_is_shown(tmp_path):
     config = load_config(None, study_settings(tmp_path))
+    assert config.study.early_learning.sets["digits"].arms["elr"].method == "elr"
     results = run_study("early-learning", config, command="x")
     assert results == json.loads((tmp_path / "results.json").read_text()) and results["study"]["parts"] == 3
     assert list(results["findings"]["digits"]["arms"]) == list(ARMS)

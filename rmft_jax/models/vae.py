@@ -99,7 +99,7 @@ def make_vae(kind: str, shape: tuple[int, ...], widths: tuple[int, ...], latent:
 
 
 def elbo(model: nnx.Module, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Return the evidence lower bound of each image, [B], from one sample of q(z|x) and the exact divergence from the prior."""
+    """Return the evidence lower bound of each image, [B], from one sample of q(z|x) and the exact divergence from p(z)."""
     mean, log_variance = model.encode(x)
     z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
     divergence = 0.5 * jnp.sum(jnp.exp(log_variance) + mean**2 - 1 - log_variance, axis=-1)

@@ -88,8 +88,8 @@ def _checked(name: str, settings: NoisyLabelsConfig) -> NoisyLabelsConfig:
     images = _images(settings)
     if len(images.train) < settings.batch_size:
         raise UserError(f"{where} has {len(images.train)} images, fewer than its batch_size {settings.batch_size}")
-    _flips(settings, len(images.classes), where)
-    return settings
+    flips = _flips(settings, len(images.classes), where)
+    return dataclasses.replace(settings, flips={str(before): after for before, after in flips.items()})  # as JSON has them
 
 
 def _images(settings: NoisyLabelsConfig):

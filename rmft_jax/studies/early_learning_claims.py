@@ -1,6 +1,7 @@
 """What was published of early-learning regularization, and what small runs showed before, against what a study measured.
 
-Source of the published figures: Liu et al. 2020, arXiv 2007.00151, tables 1 and 2. A claim holds if every seed keeps its bound.
+Source of the published figures: Liu et al. 2020, arXiv 2007.00151, tables 1 and 2. A claim holds if every seed keeps its
+bound.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from rmft_jax.config import Config, FoldedImagesConfig, to_dict
 from rmft_jax.data.images import Images, load_images
@@ -21,7 +20,7 @@ from rmft_jax.kernels import logmeanexp, m_score
 from rmft_jax.models.vae import KINDS
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.m_score_text import arm_configs, text_results, train_arm
-from rmft_jax.studies.parts import frame, part
+from rmft_jax.studies.parts import bootstrap, frame, part, rank_correlation, size_interval
 from rmft_jax.training.folds import fold_rows, train_folds
 
 SOURCE = "arXiv 2106.03216"
@@ -41,7 +40,9 @@ def run(config: Config, *, command: str = "rmft study m-score") -> dict:
     if not sets and not arms:
         raise UserError("study.m_score has neither sets nor text.arms: see configs/studies/m_score_cpu.yaml for some")
     images = {name: _checked(name, settings) for name, settings in sets.items()}
-    todo = [(name, rate) for name, settings in sets.items() for rate in settings.learning_rates] + [(arm, None) for arm in arms]
+    todo = [(name, rate) for name, settings in sets.items() for rate in settings.learning_rates] + [
+        (arm, None) for arm in arms
+    ]
     findings, texts = {}, {}
     for number, (name, rate) in enumerate(todo, 1):
         title = f"study m-score: part {number} of {len(todo)}, {name}"
@@ -97,9 +98,9 @@ def _train(name: str, settings: FoldedImagesConfig, images: Images, rate: float,
     rows, trained = fold_rows(len(images.train), settings.folds, settings.repetitions, seed)
     x = images.train[: trained.shape[1]]
     x = binarised(x, seed) if settings.model == "mlp" else x
-    runs, held_out = len(rows), len(x) // settings.folds
+    runs = len(rows)
     rates, title = np.full(runs, rate), f"{name} at {rate:g}"
-    found = train_folds(settings, x, rows, np.arange(seed, seed + runs), rates, samples=held_out, title=title)
+    found = train_folds(settings, x, rows, np.arange(seed, seed + runs), rates, title=title)
     of_time = [
         {"epoch": epoch, "m": np.asarray(m_score(scores, trained)), "u": np.asarray(logmeanexp(scores, where=trained)),
          "v": np.asarray(logmeanexp(scores, where=~trained)), "held_out": scores[~trained].mean(), "seen": scores[trained].mean()}
@@ -229,16 +230,16 @@ def _claims(name: str, by_rate: dict, quantiles: dict, epochs: tuple) -> list[di
         out.append(claim(f"{name}-median-{rate}", EXPECTED, statement, 0, float(value), _interval(draws), at_least=0))
     last = found["scores"][-1]
     m, likely = np.array(last["m"]), np.array(last["v"])
-    rng = np.random.default_rng(1)
-    picks = [rng.integers(len(m), size=len(m)) for _ in range(_DRAWS)]
-    unlikely = lambda n: np.mean(likely[n][m[n] > np.quantile(m[n], 0.95)] <= np.quantile(likely[n], 0.2))  # noqa: E731
-    out.append(claim(f"{name}-unlikely", SOURCE, f"{name}: share of the highly memorized among the least likely fifth of images",
-                     0.2, float(unlikely(np.arange(len(m)))), _interval(np.array([unlikely(n) for n in picks])), at_least=0.2))  # fmt: skip
+
+    def unlikely(pick):
+        high = m[pick] >= np.quantile(m[pick], 0.95)
+        return np.mean(likely[pick][high] <= np.quantile(likely[pick], 0.2))
+
+    statement = f"{name}: share of the highly memorized among the least likely fifth of images"
+    out.append(claim(f"{name}-unlikely", SOURCE, statement, 0.2, *bootstrap(unlikely, len(m)), at_least=0.2))
     if "rho" in found:
         rho = np.array(found["rho"])
-        value = float(spearmanr(m, rho).statistic)
-        low, high = _interval(np.array([spearmanr(m[n], rho[n]).statistic for n in picks[:300]]))
-        ends = [0.0 if low < 0 < high else min(abs(low), abs(high)), max(abs(low), abs(high))]
-        out.append(claim(f"{name}-neighbours", SOURCE, f"{name}: size of the rank correlation of M and the neighbour test", 0.2,
-                         abs(value), ends, at_most=0.2))  # fmt: skip
+        size = size_interval(*bootstrap(lambda pick: rank_correlation(m[pick], rho[pick]), len(m)))
+        statement = f"{name}: size of the rank correlation of M and the neighbour test"
+        out.append(claim(f"{name}-neighbours", SOURCE, statement, 0.2, *size, at_most=0.2))
     return out

@@ -7,13 +7,13 @@ is held out is a document with all its copies.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import spearmanr
 
 from rmft_jax.config import Config, StudyConfig, with_changes
 from rmft_jax.data.blocks import Blocks, Corpus, all_rows
@@ -23,6 +23,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.kernels import TaggedBatch, m_score, min_k_score
 from rmft_jax.progress import track
 from rmft_jax.studies.claims import claim
+from rmft_jax.studies.parts import bootstrap, rank_correlation, size_interval
 from rmft_jax.training.folds import fold_rows
 from rmft_jax.training.members import epoch_orders
 from rmft_jax.training.side_by_side import SideBySide
@@ -30,8 +31,11 @@ from rmft_jax.training.step import model_of, score_unmasked
 from rmft_jax.training.tracker import TrackerShape
 
 EXPECTED = "expected at this scale"
-ATTACKS = ("loss", "min_k", "hits")
-_DRAWS = 1000
+ATTACKS = {
+    "loss": "the loss attack",
+    "min_k": "the min-k% attack",
+    "hits": "the share of PII tokens that greedy decoding gets right",
+}
 
 
 class Documents(NamedTuple):
@@ -95,7 +99,9 @@ def read_documents(config: Config, prepared: Prepared) -> Documents:
     return Documents(all_rows(blocks), of_row, group, repetitions)
 
 
-def _train(config: Config, prepared: Prepared, documents: Documents, trained: np.ndarray, epochs: int, seed: int, title: str):
+def _train(
+    config: Config, prepared: Prepared, documents: Documents, trained: np.ndarray, epochs: int, seed: int, title: str
+):
     """Train a model on the documents of each row of `trained` [R, documents]; return of every next token what each makes of it.
 
     Returns log_probs float32 and hits bool [R, N, W-1], and parts bool [2, N, W-1]: next tokens outside PII, and within.
@@ -192,61 +198,77 @@ def _identities(documents: Documents, trained: np.ndarray, log_probs: np.ndarray
 def text_results(arms: dict[str, dict]) -> dict:
     """Return table, charts and claims of the arms that are done, the first being the one without a defence."""
     plain = next(iter(arms.values()))
-    rows = [[name, *_summary(found)] for name, found in arms.items()]
-    columns = ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text"]
-    claims, lines = [], {}
-    rng = np.random.default_rng(0)
     table = {
-        "key": "text", "title": "text: memorization score by document folds", "columns": columns, "rows": rows,
+        "key": "text", "title": "text: memorization score by document folds",
+        "columns": ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text"],
+        "rows": [[name, *_summary(found)] for name, found in arms.items()],
         "note": f"{len(plain['m']):,} documents; sums over documents by number of tokens, intervals by bootstrap over documents. "
                 "The mean difference is that of log p between runs that trained on a document and runs that did not.",
     }  # fmt: skip
-    for name, found in arms.items():
-        if canaries := _canaries(found):
-            x = sorted({times for times, _ in canaries})
-            groups = [np.array([m for times, m in canaries if times == one]) for one in x]
-            ends = [_bootstrap(lambda pick, g=g: g[pick].mean(), len(g), rng) for g in groups]
-            lines[name] = {"x": [float(one) for one in x], "mean": [float(g.mean()) for g in groups],
-                           "low": [low for low, _ in ends], "high": [high for _, high in ends]}  # fmt: skip
-    if len(canaries := np.array(_canaries(plain))):
-        rank = lambda pick: spearmanr(*canaries[pick].T).statistic  # noqa: E731
-        claims.append(claim("text-canaries", EXPECTED, "text: rank correlation of a canary's M and its repetitions", 0,
-                            float(rank(np.arange(len(canaries)))), _bootstrap(rank, len(canaries), rng), at_least=0))  # fmt: skip
-    for name, found in list(arms.items())[1:]:
-        for part, words, bound in (("pii", "PII", {"at_most": 0}), ("text", "other text", {})):
-            difference = lambda pick, part=part, found=found: _per_token(found, part, pick) - _per_token(plain, part, pick)  # noqa: E731
-            everything = np.arange(len(plain["m"]))
-            value, ends = float(difference(everything)), _bootstrap(difference, len(everything), rng)
-            if part == "pii":
-                statement = f"text: {name} changes M of PII by (nats a token)"
-                claims.append(claim(f"text-{name}-pii", EXPECTED, statement, 0, value, ends, **bound))
-            else:
-                share = abs(value) / _per_token(plain, part, everything)
-                ends = [abs(end) / _per_token(plain, part, everything) for end in ends]
-                ends = [0.0 if value and min(ends) > share else min(ends), max(ends)]
-                claims.append(claim(f"text-{name}-text", EXPECTED, f"text: {name} changes M of {words} by a share of at most",
-                                    0.1, share, ends, at_most=0.1))  # fmt: skip
-    for attack in ATTACKS:
-        m = np.array(plain["m_pii" if attack == "hits" else "m"])
-        length = np.array(plain["tokens_pii"]) + (0 if attack == "hits" else np.array(plain["tokens_text"]))
-        usable = length > 0
-        per, score = m[usable] / length[usable], np.array(plain[attack])[usable]
-        rank = lambda pick, per=per, score=score: spearmanr(per[pick], score[pick]).statistic  # noqa: E731
-        words = {"loss": "the loss attack", "min_k": "min-k%", "hits": "PII tokens that greedy decoding gets right"}[attack]
-        statement = f"text: rank correlation of M a token and {words}, over documents that were trained on"
-        claims.append(claim(f"text-attack-{attack}", EXPECTED, statement, 0, float(rank(np.arange(len(per)))),
-                            _bootstrap(rank, len(per), rng), at_least=0))  # fmt: skip
+    lines = {name: _canary_line(found) for name, found in arms.items() if _canaries(found)}
     charts = [] if not lines else [{
-        "key": "canaries", "heading": "M of canaries", "note": "nats, of the address", "x_label": "repetitions", "log_x": True,
-        "lines": lines,
+        "key": "canaries", "heading": "M of canaries", "note": "nats, of the address", "x_label": "repetitions",
+        "log_x": True, "lines": lines,
     }]  # fmt: skip
-    return {"tables": [table], "charts": charts, "claims": claims}
+    claims = _canary_claims(plain)
+    for name, found in list(arms.items())[1:]:
+        claims += _defence_claims(name, found, plain)
+    return {"tables": [table], "charts": charts, "claims": claims + _attack_claims(plain)}
+
+
+def _canary_claims(plain: dict) -> list[dict]:
+    canaries = np.array(_canaries(plain))
+    if not len(canaries):
+        return []
+    found = bootstrap(lambda pick: rank_correlation(*canaries[pick].T), len(canaries))
+    statement = "text: rank correlation of a canary's M and its repetitions"
+    return [claim("text-canaries", EXPECTED, statement, 0, *found, at_least=0)]
+
+
+def _defence_claims(name: str, found: dict, plain: dict) -> list[dict]:
+    """Return how M changes under a defence, in nats a token for PII, as a share for other text."""
+    pii = lambda pick: _per_token(found, "pii", pick) - _per_token(plain, "pii", pick)  # noqa: E731
+    text = lambda pick: _per_token(found, "text", pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
+    count = len(plain["m"])
+    return [
+        claim(f"text-{name}-pii", EXPECTED, f"text: {name} changes M of PII by (nats a token)", 0, *bootstrap(pii, count),
+              at_most=0),
+        claim(f"text-{name}-text", EXPECTED, f"text: {name} changes M of other text by a share of at most", 0.1,
+              *size_interval(*bootstrap(text, count)), at_most=0.1),
+    ]  # fmt: skip
+
+
+def _attack_claims(plain: dict) -> list[dict]:
+    """Return how attacks on documents that were trained on rank them, against M a token: of PII for `hits`, else of all."""
+    out = []
+    for attack, words in ATTACKS.items():
+        parts = ("pii",) if attack == "hits" else ("pii", "text")
+        length = sum(np.array(plain[f"tokens_{part}"]) for part in parts)
+        usable = length > 0
+        m = (np.array(plain["m_pii" if attack == "hits" else "m"]) / np.maximum(length, 1))[usable]
+        score = np.array(plain[attack])[usable]
+        found = bootstrap(lambda pick, m=m, score=score: rank_correlation(m[pick], score[pick]), len(m))
+        out.append(claim(f"text-attack-{attack}", EXPECTED, f"text: rank correlation of M a token and {words}", 0, *found,
+                         at_least=0))  # fmt: skip
+    return out
+
+
+def _canary_line(found: dict) -> dict:
+    """Return the mean M of the canaries' addresses over repetitions, with bootstrap intervals over canaries."""
+    canaries = _canaries(found)
+    x = sorted({times for times, _ in canaries})
+    groups = [np.array([m for times, m in canaries if times == one]) for one in x]
+    means = [bootstrap(lambda pick, g=g: g[pick].mean(), len(g)) for g in groups]
+    return {
+        "x": [float(one) for one in x], "mean": [value for value, _ in means],
+        "low": [ends[0] for _, ends in means], "high": [ends[1] for _, ends in means],
+    }  # fmt: skip
 
 
 def _canaries(found: dict) -> list[tuple[float, float]]:
     """Return repetitions and M of the address of each canary, one for all its copies."""
-    groups = {g: (times, m) for g, times, m in zip(found["group"], found["repetitions"], found["m_pii"], strict=True) if times}
-    return list(groups.values())
+    columns = (found["group"], found["repetitions"], found["m_pii"])
+    return list({group: (times, m) for group, times, m in zip(*columns, strict=True) if times}.values())
 
 
 def _per_token(found: dict, part: str, pick: np.ndarray, value: str = "m") -> float:
@@ -254,14 +276,8 @@ def _per_token(found: dict, part: str, pick: np.ndarray, value: str = "m") -> fl
 
 
 def _summary(found: dict) -> list[dict]:
-    rng, count, out = np.random.default_rng(0), len(found["m"]), []
-    for value in ("m", "gap"):
-        for part in ("pii", "text"):
-            of = lambda pick, part=part, value=value: _per_token(found, part, pick, value)  # noqa: E731
-            out.append({"mean": of(np.arange(count)), "mean_ci": _bootstrap(of, count, rng)})
+    out = []
+    for value, part in itertools.product(("m", "gap"), ("pii", "text")):
+        of = lambda pick, value=value, part=part: _per_token(found, part, pick, value)  # noqa: E731
+        out.append(dict(zip(("mean", "mean_ci"), bootstrap(of, len(found["m"])), strict=True)))
     return out
-
-
-def _bootstrap(statistic, count: int, rng: np.random.Generator) -> list[float]:
-    draws = [statistic(rng.integers(count, size=count)) for _ in range(_DRAWS)]
-    return [float(end) for end in np.nanpercentile(draws, [2.5, 97.5])]

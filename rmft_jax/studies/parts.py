@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from scipy.stats import spearmanr
 
 from rmft_jax.config import first_difference, plain
 from rmft_jax.files import read_json, write_json
@@ -57,6 +59,35 @@ def curve(x: Sequence[float], values: np.ndarray) -> dict:
     """Return one line of a chart: the mean over the first axis of values [seeds, points], and their range."""
     fields = {"mean": values.mean(0), "low": values.min(0), "high": values.max(0)}
     return {"x": [float(place) for place in x]} | {name: [float(v) for v in value] for name, value in fields.items()}
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Spearman's rank correlation of two [N], NaN where one of them is constant."""
+    return float(spearmanr(a, b).statistic) if len(a) > 1 and np.ptp(a) and np.ptp(b) else math.nan
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], count: int, *, draws: int = 1000
+) -> tuple[float | None, list | None]:
+    """Return a statistic of `count` points and its 95% interval over points drawn anew; None where it is not defined.
+
+    statistic: of the numbers of the points, int [count], a float or NaN.
+    """
+    rng = np.random.default_rng(0)
+    value = statistic(np.arange(count))
+    drawn = np.array([statistic(rng.integers(count, size=count)) for _ in range(draws)])
+    drawn = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not len(drawn):
+        return None, None
+    return float(value), [float(end) for end in np.percentile(drawn, [2.5, 97.5])]
+
+
+def size_interval(value: float | None, ends: list | None) -> tuple[float | None, list | None]:
+    """Return the absolute value, and the interval of it that follows from that of the value."""
+    if value is None:
+        return None, None
+    sizes = sorted(map(abs, ends))
+    return abs(value), [0.0 if ends[0] < 0 < ends[1] else sizes[0], sizes[1]]
 
 
 def claim_over_seeds(

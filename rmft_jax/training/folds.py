@@ -31,8 +31,8 @@ class Runs(NamedTuple):
 def fold_rows(count: int, folds: int, repetitions: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut `count` points into `folds` equal folds at random, `repetitions` times.
 
-    Returns: rows int [R, n], what each of R = repetitions x folds runs trains on, and trained_on bool [R, N]. Points that do not
-    fill the folds up are the last ones; N = count - count % folds.
+    Returns: rows int [R, n], what each of R = repetitions x folds runs trains on, and trained_on bool [R, N], where
+    N = count - count % folds: the last points, which do not fill the folds up, are left out.
     """
     size = count // folds
     rows, trained = [], np.ones((repetitions * folds, size * folds), bool)
@@ -45,29 +45,51 @@ def fold_rows(count: int, folds: int, repetitions: int, seed: int) -> tuple[np.n
     return np.stack(rows), trained
 
 
-def train_folds(
-    config: FoldedImagesConfig, images: np.ndarray, rows: np.ndarray, seeds: np.ndarray, rates: np.ndarray, *,
-    samples: int, title: str,
-) -> Runs:  # fmt: skip
-    """Train one VAE on each row of `rows` and estimate the likelihood of all images at each epoch of config.score_at.
+class FoldTrainer:
+    """VAEs, one for each row of `rows`, and the programs that train and question them."""
 
-    images: float32 [N, H, W, channels]. rows: int [R, n]. seeds: int [R], of the initial parameters, the order and the noise.
-    rates: float [R], the learning rates of Adam. samples: how many images each model draws at the end.
-    """
-    group = Members(len(rows), together=config.together)
-    init, train, score, draw = (group.compile(f) for f in _programs(config, images.shape[1:], samples))
-    own = group.own((np.asarray(seeds, np.int32), np.asarray(rates, np.float32)))
-    shared, none = group.shared(images), group.shared(np.zeros(0))
-    state, found, done = init((), own, none), [], 0
-    for until in track(config.score_at, title, len(config.score_at)):
-        for epoch in range(done, until):
-            order = group.own(epoch_orders(rows, epoch, seeds, config.batch_size))
-            state, _ = train(state, (own, order), shared)
-        state, scores = score(state, own, shared)
-        found.append(np.asarray(scores))
-        done = until
-    _, drawn = draw(state, own, none)
-    return Runs(np.stack(found), np.asarray(drawn))
+    def __init__(
+        self, config: FoldedImagesConfig, images: np.ndarray, rows: np.ndarray, seeds: np.ndarray, rates: np.ndarray
+    ):
+        """images: float32 [N, H, W, channels]. rows: int [R, n], what each run trains on. seeds: int [R], of the initial
+        parameters, the order and the noise. rates: float [R], the learning rates of Adam."""
+        self._config, self._rows, self._seeds = config, rows, seeds
+        self._group = group = Members(len(rows), together=config.together)
+        init, *programs = (
+            group.compile(program) for program in _programs(config, images.shape[1:], len(images) // config.folds)
+        )
+        self._train, self._score, self._draw = programs
+        self._own = group.own((np.asarray(seeds, np.int32), np.asarray(rates, np.float32)))
+        self._images, self._none = group.shared(images), group.shared(np.zeros(0))
+        self._state = init((), self._own, self._none)
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Take an epoch, the `number`-th; return the loss of each step, float32 [runs, steps]."""
+        order = self._group.own(epoch_orders(self._rows, number, self._seeds, self._config.batch_size))
+        self._state, losses = self._train(self._state, (self._own, order), self._images)
+        return np.asarray(losses)
+
+    def log_likelihood(self) -> np.ndarray:
+        """Return log p(x) of every image under each run, float32 [runs, N], in nats."""
+        self._state, scores = self._score(self._state, self._own, self._images)
+        return np.asarray(scores)
+
+    def draw(self) -> np.ndarray:
+        """Return mean images of latents drawn from the prior, as many as a fold holds, float32 [runs, N / folds, H, W, channels]."""
+        self._state, drawn = self._draw(self._state, self._own, self._none)
+        return np.asarray(drawn)
+
+
+def train_folds(
+    config: FoldedImagesConfig, images: np.ndarray, rows: np.ndarray, seeds: np.ndarray, rates: np.ndarray, *, title: str
+) -> Runs:
+    """Train the runs of a FoldTrainer and take their likelihoods at each epoch of config.score_at, and samples at the end."""
+    trainer, found = FoldTrainer(config, images, rows, seeds, rates), []
+    for epoch in track(range(config.score_at[-1]), title, config.score_at[-1]):
+        trainer.epoch(epoch)
+        if epoch + 1 in config.score_at:
+            found.append(trainer.log_likelihood())
+    return Runs(np.stack(found), trainer.draw())
 
 
 def _programs(config: FoldedImagesConfig, shape: tuple[int, ...], samples: int):

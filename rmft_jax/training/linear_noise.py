@@ -16,7 +16,8 @@ from rmft_jax.kernels import clipped_softmax, elr_loss, elr_update_target
 
 
 def noisy_clouds(config: LinearNoiseConfig, key: jax.Array) -> dict:
-    """Draw the data and the start: x [n, p], true and given labels [n] (+-1), v [p] (unit), theta [p] (length 2, orthogonal to v).
+    """Draw the data and the start: x [n, p], true and given labels [n] (+-1), v [p] (unit), theta [p] (length 2, at right
+    angles to v).
 
     The theorem starts from anywhere on the sphere of radius 2, where <theta, v> is near 0 if p is large. At a p such as
     1,000 it can begin above 1/10, beyond the early stage; so v is projected out.
