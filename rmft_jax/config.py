@@ -570,7 +570,8 @@ class FoldedImagesConfig:
     images, path, limit: what `data.images.load_images` reads; the training split is what is cut into folds.
     model: mlp (Bernoulli, of images binarised once) | conv (Gaussian); widths: of its layers; latent: latent variables.
     folds, repetitions: K and L. score_at: epochs at which the score is taken, the last one ends training.
-    samples: of importance sampling, a multiple of 16. together: all runs in one batched program, false = one after the other.
+    samples: of importance sampling, a multiple of 16. together: all runs in one batched program, false = one after
+    the other.
     neighbours: compare with nearest neighbours among held-out images and samples. gallery: images shown in the report.
     """
 

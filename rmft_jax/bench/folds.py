@@ -19,8 +19,9 @@ def run(config: Config, peer: str = "", *, runs: int = 5) -> dict:
     """Time three epochs of ten runs in one program against the same epochs of each run in a program for one.
 
     peer: only "" for this one. A pair is four samples in mirrored order (ABBA). Compilation is left out on both sides.
-    Returns name, device, versions, unit, shape, value and peer_value (medians, ms an epoch of all ten), ratio (median of peer /
-    ours over the pairs), largest_difference (between both ways, of the losses of the first epoch, relative), and runs: the pairs.
+    Returns name, device, versions, unit, shape, value and peer_value (medians, ms an epoch of all ten), ratio (median of
+    peer / ours over the pairs), largest_difference (between both ways, of the losses of the first epoch, relative), and
+    runs: the pairs.
     """
     if peer:
         raise UserError(f"bench folds has no peer {peer!r}: leave --peer out")

@@ -96,7 +96,7 @@ class Blocks:
     """A random-access source of rows: `blocks[i]` is one row of a TaggedBatch as a dict of int32 arrays."""
 
     def __init__(self, corpus: Corpus, *, stride: int, apart: bool = False):
-        """stride: new target tokens of each block; rows are stride + 1 tokens wide. apart: no two documents share a block."""
+        """stride: new target tokens of each block; rows are stride + 1 tokens wide. apart: no two documents share one."""
         self.corpus, self.stride, self.width = corpus, stride, stride + 1
         cuts = np.flatnonzero(np.diff(corpus.document)) + 1 if apart else []
         edges = [0, *cuts, len(corpus.tokens)]

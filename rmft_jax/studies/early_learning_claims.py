@@ -54,7 +54,7 @@ def linear_claims(seeds: list[dict]) -> list[dict]:
 
 
 def set_claims(name: str, found: dict) -> list[dict]:
-    """Return the claims on one set of images: ELR against cross entropy under the same noise, and figures to compare with."""
+    """Return the claims on one set of images: ELR against cross entropy under one noise, and figures to compare with."""
     out, arms = [], found["arms"]
     by_noise: dict[tuple, dict] = {}
     for arm, result in arms.items():
@@ -76,12 +76,14 @@ def set_claims(name: str, found: dict) -> list[dict]:
                 out += [
                     claim_over_seeds(f"{where}-{method}", SOURCE, f"{words}: {label} above cross entropy in the end, by", 0,
                                      _difference(methods[method]["final"], plain["final"]), at_least=0),
-                    claim_over_seeds(f"{where}-{method}-memorized", SOURCE, f"{words}: {label} memorizes fewer wrong labels, by",
-                                     0, _difference(plain["memorized"], methods[method]["memorized"]), at_least=0),
+                    claim_over_seeds(f"{where}-{method}-memorized", SOURCE, 
+                                     f"{words}: {label} memorizes fewer wrong labels, by", 0,
+                                     _difference(plain["memorized"], methods[method]["memorized"]), at_least=0),
                 ]  # fmt: skip
         if {"kl", "elr"} <= set(methods):
-            out.append(claim_over_seeds(f"{where}-kl", SOURCE, f"{words}: the KL control below ELR in the end, by", 0,
-                                        _difference(methods["elr"]["final"], methods["kl"]["final"]), at_least=0))  # fmt: skip
+            gain = _difference(methods["elr"]["final"], methods["kl"]["final"])
+            statement = f"{words}: the KL control below ELR in the end, by"
+            out.append(claim_over_seeds(f"{where}-kl", SOURCE, statement, 0, gain, at_least=0))
     return out
 
 
@@ -93,8 +95,8 @@ def _figures(name: str, arm: str, found: dict, noise: tuple, method: str, result
     if found["images"] != "digits" or noise[0] != "symmetric":
         return []
     return [
-        claim_over_seeds(f"{name}-{arm}-{figure}", EXPECTED, f"{name}, {arm}: {_WORDS[figure]} {_WORDS[side]} {bound}", expected,
-                         result[figure]["values"], **{side: bound})
+        claim_over_seeds(f"{name}-{arm}-{figure}", EXPECTED,
+                         f"{name}, {arm}: {_WORDS[figure]} {_WORDS[side]} {bound}", expected, result[figure]["values"], **{side: bound})
         for figure, side, bound, expected in _DIGITS.get((noise[1], method), ())
     ]  # fmt: skip
 

@@ -103,7 +103,8 @@ def _train(name: str, settings: FoldedImagesConfig, images: Images, rate: float,
     found = train_folds(settings, x, rows, np.arange(seed, seed + runs), rates, title=title)
     of_time = [
         {"epoch": epoch, "m": np.asarray(m_score(scores, trained)), "u": np.asarray(logmeanexp(scores, where=trained)),
-         "v": np.asarray(logmeanexp(scores, where=~trained)), "held_out": scores[~trained].mean(), "seen": scores[trained].mean()}
+         "v": np.asarray(logmeanexp(scores, where=~trained)), "held_out": scores[~trained].mean(),
+         "seen": scores[trained].mean()}
         for epoch, scores in zip(settings.score_at, found.log_likelihood, strict=True)
     ]  # fmt: skip
     plain = lambda value: np.round(np.asarray(value, float), 4).tolist()  # noqa: E731
@@ -117,8 +118,8 @@ def _train(name: str, settings: FoldedImagesConfig, images: Images, rate: float,
 def neighbour_ratio(images: np.ndarray, trained_on: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Return rho of each image, float [N], the mean over the runs that trained on it.
 
-    rho is the distance to the nearest image that the run held out, divided by that to the nearest of equally many of its samples:
-    above 1, the model makes images nearer than chance. images: [N, ...]; trained_on: bool [R, N]; samples: [R, S, ...].
+    rho is the distance to the nearest image that the run held out, divided by that to the nearest of equally many of its
+    samples: above 1, the model makes images nearer than chance. images: [N, ...]; trained_on: bool [R, N]; samples: [R, S, ...].
     Source: section 3.3.
     """
     from sklearn.neighbors import NearestNeighbors

@@ -75,7 +75,7 @@ class FoldTrainer:
         return np.asarray(scores)
 
     def draw(self) -> np.ndarray:
-        """Return mean images of latents drawn from the prior, as many as a fold holds, float32 [runs, N / folds, H, W, channels]."""
+        """Return mean images of latents drawn from the prior, float32 [runs, N / folds, H, W, channels]."""
         self._state, drawn = self._draw(self._state, self._own, self._none)
         return np.asarray(drawn)
 
@@ -83,7 +83,7 @@ class FoldTrainer:
 def train_folds(
     config: FoldedImagesConfig, images: np.ndarray, rows: np.ndarray, seeds: np.ndarray, rates: np.ndarray, *, title: str
 ) -> Runs:
-    """Train the runs of a FoldTrainer and take their likelihoods at each epoch of config.score_at, and samples at the end."""
+    """Train the runs of a FoldTrainer; take likelihoods at each epoch of config.score_at, and samples at the end."""
     trainer, found = FoldTrainer(config, images, rows, seeds, rates), []
     for epoch in track(range(config.score_at[-1]), title, config.score_at[-1]):
         trainer.epoch(epoch)

@@ -50,8 +50,8 @@ class Members:
 def epoch_orders(rows: np.ndarray, epoch: int, seeds: np.ndarray, batch_size: int) -> np.ndarray:
     """Return the rows that each member is shown in an epoch, int32 [members, steps, batch_size]: its own, shuffled.
 
-    rows: int [members, N], the numbers of its rows. seeds: int [members]; members of one seed see the same places in the same
-    order. The last, incomplete batch of an epoch is left out.
+    rows: int [members, N], the numbers of its rows. seeds: int [members]; members of one seed see the same places in
+    the same order. The last, incomplete batch of an epoch is left out.
     """
     steps = rows.shape[1] // batch_size
     if not steps:
