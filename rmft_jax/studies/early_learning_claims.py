@@ -96,7 +96,8 @@ def _figures(name: str, arm: str, found: dict, noise: tuple, method: str, result
         return []
     return [
         claim_over_seeds(f"{name}-{arm}-{figure}", EXPECTED,
-                         f"{name}, {arm}: {_WORDS[figure]} {_WORDS[side]} {bound}", expected, result[figure]["values"], **{side: bound})
+                         f"{name}, {arm}: {_WORDS[figure]} {_WORDS[side]} {bound}", expected,
+                         result[figure]["values"], **{side: bound})
         for figure, side, bound, expected in _DIGITS.get((noise[1], method), ())
     ]  # fmt: skip
 

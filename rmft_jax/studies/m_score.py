@@ -119,7 +119,9 @@ def neighbour_ratio(images: np.ndarray, trained_on: np.ndarray, samples: np.ndar
     """Return rho of each image, float [N], the mean over the runs that trained on it.
 
     rho is the distance to the nearest image that the run held out, divided by that to the nearest of equally many of its
-    samples: above 1, the model makes images nearer than chance. images: [N, ...]; trained_on: bool [R, N]; samples: [R, S, ...].
+    samples: above 1, the model makes images nearer than chance.
+
+    images: [N, ...]; trained_on: bool [R, N]; samples: [R, S, ...].
     Source: section 3.3.
     """
     from sklearn.neighbors import NearestNeighbors

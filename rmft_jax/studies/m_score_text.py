@@ -174,8 +174,8 @@ def _record(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, hi
 def _identities(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, parts: np.ndarray) -> list[dict]:
     """Return of each PII value its number, occurrences, documents, and M, the mean over its documents.
 
-    M of a value in a document: U - V of the log probability of its tokens there, by whether the run trained on that document.
-    A run that did not may have met the value elsewhere: M is what the document adds.
+    M of a value in a document: U - V of the log probability of its tokens there, by whether the run trained on that
+    document. A run that did not may have met the value elsewhere: M is what the document adds.
     """
     rows = documents.rows
     span = np.take_along_axis(rows.component_span, rows.component, axis=1)
@@ -203,7 +203,7 @@ def text_results(arms: dict[str, dict]) -> dict:
         "columns": ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text"],
         "rows": [[name, *_summary(found)] for name, found in arms.items()],
         "note": f"{len(plain['m']):,} documents; sums over documents by number of tokens, intervals by bootstrap over "
-                "documents. The mean difference is that of log p between runs that trained on a document and runs that did not.",
+                "documents. The mean difference is that of log p between runs with and without the document.",
     }  # fmt: skip
     lines = {name: _canary_line(found) for name, found in arms.items() if _canaries(found)}
     charts = [] if not lines else [{
