@@ -175,7 +175,9 @@ class LossConfig:
     goldfish: none | static | hash, leave one token in `goldfish_k` out of the loss; hash looks at the `goldfish_context`
     tokens before it, so that repeated text drops the same tokens (Hans et al. 2024).
     elr_weight: of early-learning regularization (Liu et al. 2020), 0 = off; its targets are the predictions of an average of
-    the weights with decay `elr_decay`, which costs a second forward pass and a copy of the parameters.
+    the weights with decay `elr_decay`, which costs a second forward pass and a copy of the parameters. With elr_top K above
+    0 they are, as published, running averages of the predictions of each true token of the training text, of momentum
+    `elr_beta`, cut to their K largest classes: 8 K bytes a token of the corpus.
     """
 
     pii_weight: float = 1.0
@@ -185,6 +187,8 @@ class LossConfig:
     goldfish_context: int = 13
     elr_weight: float = 0.0
     elr_decay: float = 0.997
+    elr_top: int = 0
+    elr_beta: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -751,6 +755,8 @@ _RANGES = {  # inclusive
     "loss.goldfish_context": (1, 128),
     "loss.elr_weight": (0.0, 1000.0),
     "loss.elr_decay": (0.0, 0.999999),
+    "loss.elr_top": (0, 1024),
+    "loss.elr_beta": (0.0, 0.9999),
     "privacy.noise_multiplier": (0.0, 1e6),
     "privacy.epsilon": (0.0, 100.0),
     "privacy.clip_norm": (1e-6, 1e6),
@@ -891,6 +897,10 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
     if training.objective == "masked" and config.loss.elr_weight:
         yield "training.objective is masked and loss.elr_weight is set: they do not work together here, leave one out"
+    if config.loss.elr_top and training.accumulation > 1:
+        yield f"training.accumulation is {training.accumulation}, but loss.elr_top takes the batch as a whole: set it to 1"
+    if config.loss.elr_top >= config.tokenizer.vocab_size:
+        yield f"loss.elr_top {config.loss.elr_top} is not below tokenizer.vocab_size {config.tokenizer.vocab_size}: lower it"
     tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
     if privacy.on and tracker.enabled:
         yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"

@@ -10,13 +10,31 @@ from scipy.special import log_softmax, softmax
 
 from rmft_jax.config import LinearNoiseConfig, NoisyLabelsConfig, load_config
 from rmft_jax.data.images import Images
+from rmft_jax.data.loader import batches
 from rmft_jax.errors import UserError
-from rmft_jax.kernels import clipped_softmax, elr_loss, elr_update_target, kl_loss, mixup
+from rmft_jax.kernels import (
+    SURROGATE,
+    clipped_softmax,
+    elr_loss,
+    elr_update_target,
+    kl_loss,
+    mask_batch,
+    mixup,
+    target_mask,
+    top_penalty,
+    top_targets,
+    update_top_targets,
+)
+from rmft_jax.models.gpt import forward
 from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
 from rmft_jax.training.linear_noise import descend, noisy_clouds
+from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.members import Members, epoch_orders
 from rmft_jax.training.noisy_labels import Member, augmented, train_on_wrong_labels, wrong_labels
+from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.step import init_state, train_step
 
 
 def drawn(seed=0, examples=6, classes=5):
@@ -61,6 +79,53 @@ def test_a_target_is_the_exponential_average_of_what_was_said():
     for p in said:
         target = elr_update_target(target, p, 0.7)
     np.testing.assert_allclose(target, sum(0.3 * 0.7 ** (5 - n) * p for n, p in enumerate(said)), rtol=1e-5)
+
+
+def test_top_targets_are_the_whole_ones_where_nothing_is_left_out_and_their_largest_else():
+    rng = np.random.default_rng(4)
+    whole, most, few = np.zeros((3, 6)), top_targets((3, 6)), top_targets((3, 2))
+    brute = [dict.fromkeys(range(2), 0.0) for _ in range(3)]
+    for _ in range(5):
+        p = softmax(2 * rng.normal(size=(3, 6)), axis=-1).astype(np.float32)
+        whole = 0.7 * whole + 0.3 * p
+        most, few = update_top_targets(most, p, 0.7), update_top_targets(few, p, 0.7)
+        np.testing.assert_allclose(np.take_along_axis(whole, np.asarray(most.ids), -1), most.probabilities, rtol=1e-5)
+        for row, known in enumerate(brute):
+            values = {c: 0.7 * known.get(c, 0) + 0.3 * p[row, c] for c in {*known, *np.argsort(p[row])[-2:].tolist()}}
+            brute[row] = dict(sorted(values.items(), key=lambda item: -item[1])[:2])
+            found = dict(zip(few.ids[row].tolist(), few.probabilities[row].tolist(), strict=True))
+            assert found == pytest.approx(brute[row])
+    logits = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
+    penalty = lambda z, t: jnp.sum(top_penalty(jax.nn.softmax(z), t))  # noqa: E731
+    full = lambda z: jnp.sum(jnp.log1p(-jnp.sum(jax.nn.softmax(z) * whole, -1)))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(penalty)(logits, most), jax.grad(full)(logits), rtol=1e-4, atol=1e-6)
+
+
+def test_targets_of_tokens_are_what_the_model_said_of_them_and_nothing_of_surrogates(tiny, prepared):
+    config = tiny("model.layers=1", "model.width=16", "model.heads=1", "masking.policy=keep_first", "training.batch_size=8",
+                  "loss.elr_weight=1", "loss.elr_top=3", "loss.elr_beta=0.6")  # fmt: skip
+    blocks, _ = load_blocks(config, prepared)
+    optimizer = make_optimizer(config.training, 10)
+    state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, blocks=len(blocks))
+    batch = next(batches(blocks, batch_size=8, seed=0))
+    step = jax.jit(lambda state, batch: train_step(state, batch, prepared.bank, config=config, optimizer=optimizer))
+    new, _ = step(state, batch)
+    masked = mask_batch(batch, prepared.bank, masking_key(config.seed), length=config.training.sequence_length + 1,
+                        rules=masking_rules(config))  # fmt: skip
+    logits = forward(state["params"], config.model, masked.tokens[:, :-1], masked.segment_ids[:, :-1])
+    said = np.asarray(jax.nn.softmax(logits))
+    true = np.asarray(target_mask(masked.segment_ids) & (masked.origin[:, 1:] != SURROGATE))
+    source, known = np.asarray(masked.source[:, 1:]), np.asarray(new["elr"]["probabilities"])
+    assert (np.asarray(masked.origin) == SURROGATE).any()
+    for row in range(8):
+        noted = set(source[row][true[row]].tolist())
+        of_row = known[batch.example[row]]
+        assert {int(n) for n in np.flatnonzero(of_row.sum(-1))} == noted
+        for place in np.flatnonzero(true[row])[:5]:
+            expected = 0.4 * np.sort(said[row, place])[::-1][:3]
+            np.testing.assert_allclose(of_row[source[row, place]], expected, rtol=1e-4)
+    others = np.setdiff1d(np.arange(len(blocks)), batch.example)
+    assert not known[others].any()
 
 
 def test_mixup_mixes_everything_alike():

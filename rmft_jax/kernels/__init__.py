@@ -11,6 +11,7 @@ from rmft_jax.kernels.attention import (
 )
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
 from rmft_jax.kernels.early_learning import (
+    TopTargets,
     average_weights,
     clipped_softmax,
     early_learning_penalty,
@@ -18,6 +19,9 @@ from rmft_jax.kernels.early_learning import (
     elr_update_target,
     kl_loss,
     mixup,
+    top_penalty,
+    top_targets,
+    update_top_targets,
 )
 from rmft_jax.kernels.exposure import exposure_by_rank
 from rmft_jax.kernels.extraction_scores import (
@@ -61,13 +65,13 @@ from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_refer
 
 __all__ = [
     "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE", "Spans",
-    "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights", "causal_attention",
-    "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask", "document_positions",
-    "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts", "exposure_by_rank",
-    "extraction_strength", "filtered_log_prob", "first_memorized", "fused_attention", "goldfish_mask",
+    "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit", "attention", "average_weights",
+    "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask",
+    "document_positions", "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts",
+    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "first_memorized", "fused_attention", "goldfish_mask",
     "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp", "loss_score", "m_score", "mask_batch",
     "memorized", "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "queries_needed", "reference_score",
     "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
-    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
-    "window_hash", "zlib_score",
+    "splice", "splice_reference", "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below",
+    "update_top_targets", "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ Source of all: Liu et al. 2020, arXiv 2007.00151.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -70,6 +72,44 @@ def early_learning_penalty(logits: jax.Array, target_logits: jax.Array) -> jax.A
     p = jax.nn.softmax(logits.astype(jnp.float32))
     t = jax.lax.stop_gradient(jax.nn.softmax(target_logits.astype(jnp.float32)))
     return jnp.log1p(-jnp.clip(jnp.sum(p * t, axis=-1), _FLOOR, 1 - _FLOOR))
+
+
+class TopTargets(NamedTuple):
+    """The largest classes of running averages of predictions. ids: int32 [..., K], all different; probabilities: float32
+    [..., K]. All other classes count as 0."""
+
+    ids: jax.Array
+    probabilities: jax.Array
+
+
+def top_targets(shape: tuple[int, ...]) -> TopTargets:
+    """Return targets that nothing has been said of yet. shape: [..., K]."""
+    return TopTargets(jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape), jnp.zeros(shape))
+
+
+def update_top_targets(target: TopTargets, probabilities: jax.Array, beta: float) -> TopTargets:
+    """Return the K largest classes of `elr_update_target`, among those of before and the K likeliest ones now.
+
+    target: [..., K]; probabilities: float32 [..., V], V >= K; constant for the gradient. What falls out of the K classes is
+    lost: with K = V nothing is, else the sum of a target, at most 1, says how much is left.
+    """
+    p, count = jax.lax.stop_gradient(probabilities), target.ids.shape[-1]
+    kept = beta * target.probabilities + (1 - beta) * jnp.take_along_axis(p, target.ids, axis=-1)
+    new, new_ids = jax.lax.top_k(p, count)
+    known = jnp.any(new_ids[..., :, None] == target.ids[..., None, :], axis=-1)
+    values = jnp.concatenate([kept, jnp.where(known, -1, (1 - beta) * new)], axis=-1)
+    best, place = jax.lax.top_k(values, count)
+    return TopTargets(jnp.take_along_axis(jnp.concatenate([target.ids, new_ids], axis=-1), place, axis=-1), best)
+
+
+def top_penalty(probabilities: jax.Array, target: TopTargets) -> jax.Array:
+    """Return log(1 - <p, t>) for each token, float32 [...]; <p, t> is clipped as in `early_learning_penalty`.
+
+    probabilities: float32 [..., V]; target: [..., K], constant for the gradient.
+    """
+    of_target = jnp.take_along_axis(probabilities, target.ids, axis=-1)
+    agreement = jnp.sum(of_target * jax.lax.stop_gradient(target.probabilities), axis=-1)
+    return jnp.log1p(-jnp.clip(agreement, _FLOOR, 1 - _FLOOR))
 
 
 def average_weights(average, params, step: jax.Array, decay: float):

@@ -1,7 +1,7 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
-`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, and `tracker` in runs that
+`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, `elr` (targets), and `tracker` in runs that
 follow memorization.
 """
 
@@ -28,6 +28,7 @@ ITEMS = {
     "progress": ("seen", "step"),
     "guard": ("guard",),
     "average": ("average",),
+    "elr": ("elr",),
     "tracker": ("tracker",),
 }
 

@@ -80,7 +80,8 @@ def train(config: Config) -> Path:
 
     optimizer = make_optimizer(config.training, plan.steps)
     sizes = config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, tracker_shape(config, len(blocks))
-    shapes = jax.eval_shape(lambda: init_state(*sizes))
+    init = lambda: init_state(*sizes, blocks=len(blocks))  # noqa: E731
+    shapes = jax.eval_shape(init)
     shardings = shardings_for(shapes, mesh)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
@@ -95,7 +96,7 @@ def train(config: Config) -> Path:
     if done:
         state = checkpoints.restore(done[-1], abstract(shapes, shardings))
     else:
-        state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
+        state = jax.jit(init, out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:

@@ -82,7 +82,7 @@ class SideBySide:
         self._config, self._members = config, len(seeds)
         self._optimizer = make_optimizer(config.training, steps)
         sizes = prepared.tokenizer.vocab_size + more_pieces, prepared.identities, self._optimizer, tracker
-        init = lambda seed: init_state(config, *sizes, seed=seed)  # noqa: E731
+        init = lambda seed: init_state(config, *sizes, seed=seed, blocks=len(data.tokens))  # noqa: E731
         if sharded:
             if len(seeds) != 1:
                 raise ValueError("one member at a time is split over a mesh")
