@@ -1,8 +1,8 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
-`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, `elr` (targets), and `tracker` in runs that
-follow memorization.
+`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, `elr` in those that keep
+targets of tokens, and `tracker` in runs that follow memorization.
 """
 
 from __future__ import annotations

@@ -73,8 +73,8 @@ def weighted_loss(
     The loss is cross entropy, with what training.z_loss and loss.elr_weight add to it.
 
     weights: bool or float32 [B, N-1], as from `token_weights`. average: the average of the weights that early-learning
-    regularization takes its targets from or, with loss.elr_top, the targets so far. key: of dropout. Either is needed only where it is
-    switched on.
+    regularization takes its targets from or, with loss.elr_top, the targets so far.
+    key: of dropout. Either is needed only where it is switched on.
     """
     training, dtype = config.training, DTYPES[config.training.dtype]
     inputs, targets = shown_tokens(params, masked), masked.tokens[:, 1:]
