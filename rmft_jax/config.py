@@ -175,7 +175,9 @@ class LossConfig:
     goldfish: none | static | hash, leave one token in `goldfish_k` out of the loss; hash looks at the `goldfish_context`
     tokens before it, so that repeated text drops the same tokens (Hans et al. 2024).
     elr_weight: of early-learning regularization (Liu et al. 2020), 0 = off; its targets are the predictions of an average of
-    the weights with decay `elr_decay`, which costs a second forward pass and a copy of the parameters.
+    the weights with decay `elr_decay`, which costs a second forward pass and a copy of the parameters. With elr_top K above
+    0 they are, as published, running averages of the predictions of each true token of the training text, of momentum
+    `elr_beta`, cut to their K largest classes: 8 K bytes a token of the corpus.
     """
 
     pii_weight: float = 1.0
@@ -185,6 +187,8 @@ class LossConfig:
     goldfish_context: int = 13
     elr_weight: float = 0.0
     elr_decay: float = 0.997
+    elr_top: int = 0
+    elr_beta: float = 0.7
 
 
 @dataclass(frozen=True)
@@ -489,6 +493,132 @@ class ScalingConfig:
 
 
 @dataclass(frozen=True)
+class NoisyArmConfig:
+    """One way of training on partly wrong labels.
+
+    noise: symmetric (a share of the labels is drawn anew from all classes) | asymmetric (a share of each class in `flips`
+    becomes another class, flips[class]). method: ce (cross entropy) | elr | elr_plus | kl (the control); weight: lambda;
+    beta: the momentum of the targets.
+    """
+
+    noise: str = "symmetric"
+    share: float = 0.4
+    method: str = "ce"
+    weight: float = 3.0
+    beta: float = 0.7
+
+
+@dataclass(frozen=True)
+class NoisyLabelsConfig:
+    """Classifiers of one set of images in `rmft study early-learning`, trained for each arm and seed.
+
+    images, path: what `data.images.load_images` reads; limit, test_limit: images of each split at most, 0 = all.
+    model: mlp | conv | resnet18 | resnet34; widths: of the layers of an mlp or a conv. together: all in one batched program,
+    false = one after the other. flips: see the arms. score_every: epochs between points of the curves.
+    drop_at, drop: epochs after which the learning rate is divided by so much. augment: random shifts and mirrors.
+    mixup, average_decay: of ELR+, the parameter of its Beta distribution and the decay of the averages of the weights.
+    """
+
+    images: str = "digits"
+    path: str = ""
+    limit: int = 0
+    test_limit: int = 0
+    model: str = "mlp"
+    widths: tuple[int, ...] = (512, 512)
+    together: bool = True
+    flips: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, NoisyArmConfig] = field(default_factory=dict)
+    epochs: int = 250
+    score_every: int = 5
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    drop_at: tuple[int, ...] = ()
+    drop: float = 100.0
+    augment: bool = False
+    mixup: float = 1.0
+    average_decay: float = 0.997
+
+
+@dataclass(frozen=True)
+class LinearNoiseConfig:
+    """The linear model of Theorem 1 of arXiv 2007.00151.
+
+    points, features: n and p. share: of the labels that are drawn anew. deviation: s, of each feature about its mean.
+    steps: of gradient descent with learning_rate. weight, beta: of early-learning regularization beside it.
+    """
+
+    points: int = 1200
+    features: int = 1000
+    share: float = 0.5
+    deviation: float = 0.1
+    learning_rate: float = 0.1
+    steps: int = 12000
+    weight: float = 3.0
+    beta: float = 0.7
+
+
+@dataclass(frozen=True)
+class EarlyLearningConfig:
+    """What `rmft study early-learning` does: the linear model, then each of `sets`, name -> classifiers."""
+
+    linear: LinearNoiseConfig = field(default_factory=LinearNoiseConfig)
+    sets: dict[str, NoisyLabelsConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FoldedImagesConfig:
+    """Variational autoencoders of one set of images in `rmft study m-score`, trained on folds of it.
+
+    images, path, limit: what `data.images.load_images` reads; the training split is what is cut into folds.
+    model: mlp (Bernoulli, of images binarised once) | conv (Gaussian); widths: of its layers; latent: latent variables.
+    folds, repetitions: K and L. score_at: epochs at which the score is taken, the last one ends training.
+    samples: of importance sampling, a multiple of 16. together: all runs in one batched program, false = one after
+    the other.
+    neighbours: compare with nearest neighbours among held-out images and samples. gallery: images shown in the report.
+    """
+
+    images: str = "digits"
+    path: str = ""
+    limit: int = 0
+    model: str = "mlp"
+    widths: tuple[int, ...] = (256, 128)
+    latent: int = 8
+    folds: int = 5
+    repetitions: int = 3
+    score_at: tuple[int, ...] = (25, 100, 300)
+    batch_size: int = 64
+    learning_rates: tuple[float, ...] = (1e-3, 1e-4)
+    samples: int = 128
+    together: bool = True
+    neighbours: bool = True
+    gallery: int = 12
+
+
+@dataclass(frozen=True)
+class FoldedTextConfig:
+    """GPTs trained on folds of the documents of `source` in `rmft study m-score`.
+
+    arms: name -> what it changes in the config, the first one without a defence; empty = no such runs.
+    folds, repetitions: K and L; copies of a document share its fold. epochs: passes of each run over its documents.
+    """
+
+    arms: dict[str, dict] = field(default_factory=dict)
+    folds: int = 5
+    repetitions: int = 2
+    epochs: int = 8
+
+
+@dataclass(frozen=True)
+class MScoreConfig:
+    """What `rmft study m-score` does: each of `sets`, name -> autoencoders of images, then `text`."""
+
+    sets: dict[str, FoldedImagesConfig] = field(default_factory=dict)
+    text: FoldedTextConfig = field(default_factory=FoldedTextConfig)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -497,7 +627,7 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling: what `rmft study scaling` takes in the place of methods, budgets and pretrain.
+    scaling, early_learning, m_score: what the studies of that name take in the place of methods, budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -505,6 +635,8 @@ class StudyConfig:
     budgets: tuple[str, ...] = ("epochs", "updates")
     pretrain: dict[str, typing.Any] = field(default_factory=dict)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
+    m_score: MScoreConfig = field(default_factory=MScoreConfig)
 
 
 @dataclass(frozen=True)
@@ -623,6 +755,8 @@ _RANGES = {  # inclusive
     "loss.goldfish_context": (1, 128),
     "loss.elr_weight": (0.0, 1000.0),
     "loss.elr_decay": (0.0, 0.999999),
+    "loss.elr_top": (0, 1024),
+    "loss.elr_beta": (0.0, 0.9999),
     "privacy.noise_multiplier": (0.0, 1e6),
     "privacy.epsilon": (0.0, 100.0),
     "privacy.clip_norm": (1e-6, 1e6),
@@ -763,6 +897,10 @@ def _rules(config: Config) -> typing.Iterator[str]:
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
     if training.objective == "masked" and config.loss.elr_weight:
         yield "training.objective is masked and loss.elr_weight is set: they do not work together here, leave one out"
+    if config.loss.elr_top and training.accumulation > 1:
+        yield f"training.accumulation is {training.accumulation}, but loss.elr_top takes the batch as a whole: set it to 1"
+    if config.loss.elr_top >= config.tokenizer.vocab_size:
+        yield f"loss.elr_top {config.loss.elr_top} is not below tokenizer.vocab_size {config.tokenizer.vocab_size}: lower it"
     tracker, taken = config.tracker, ("all", "text", "pii", "surrogate", "canary")
     if privacy.on and tracker.enabled:
         yield "privacy (DP-SGD) and tracker.enabled are both set: what it counts is not noised, leave one out"

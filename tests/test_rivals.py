@@ -201,9 +201,9 @@ def test_a_token_without_weight_teaches_nothing(tiny, prepared):
 def start(config, prepared):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.training, 100)
-    state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer)
-    state = jax.device_put(state, shardings_for(state, mesh))
     blocks, _ = loop.load_blocks(config, prepared)
+    state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, blocks=len(blocks))
+    state = jax.device_put(state, shardings_for(state, mesh))
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed)
     return compile_train_step(config, optimizer, mesh, state), state, source, optimizer
 
@@ -243,6 +243,7 @@ RIVALS = {
     "goldfish": ["loss.goldfish=hash"],
     "pii_loss": ["loss.pii_weight=0"],
     "elr": ["loss.elr_weight=1"],
+    "elr_top": ["loss.elr_weight=1", "loss.elr_top=4"],
     "dropout": ["training.dropout=0.2"],
     "dp": ["privacy.noise_multiplier=1", "training.dropout=0.2"],
 }

@@ -18,6 +18,7 @@ BENCHES = {
     "tracker": "the train step with memorization followed against the step without",
     "dispatch": "many steps handed over at once, against one at a time",
     "side_by_side": "eight small models in one program, against one after the other",
+    "folds": "ten autoencoders on folds in one program, against one after the other",
     "detect": "finding and tagging personal data, against presidio-analyzer",
     "generate": "prefill and greedy decoding of a model, against transformers",
     "audit": "greedy decoding of the audit's prompts, against transformers",

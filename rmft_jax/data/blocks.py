@@ -95,12 +95,15 @@ class Corpus:
 class Blocks:
     """A random-access source of rows: `blocks[i]` is one row of a TaggedBatch as a dict of int32 arrays."""
 
-    def __init__(self, corpus: Corpus, *, stride: int):
-        """stride: new target tokens of each block; rows are stride + 1 tokens wide."""
+    def __init__(self, corpus: Corpus, *, stride: int, apart: bool = False):
+        """stride: new target tokens of each block; rows are stride + 1 tokens wide. apart: no two documents share one."""
         self.corpus, self.stride, self.width = corpus, stride, stride + 1
-        count = max(1, -(-(len(corpus.tokens) - 1) // stride))
-        self._begin = np.arange(count, dtype=np.int64) * stride
-        end = np.minimum(self._begin + self.width, len(corpus.tokens))
+        cuts = np.flatnonzero(np.diff(corpus.document)) + 1 if apart else []
+        edges = [0, *cuts, len(corpus.tokens)]
+        parts = list(zip(edges[:-1], edges[1:], strict=True))
+        self._begin = np.concatenate([np.arange(low, max(low + 1, high - 1), stride, dtype=np.int64) for low, high in parts])
+        part = np.searchsorted(edges, self._begin, side="right")
+        self._end = end = np.minimum(self._begin + self.width, np.array(edges, np.int64)[part])
         self._components = _overlapping(corpus.component_first, corpus.component_last, self._begin, end)
         self._spans = _overlapping(corpus.span_first, corpus.span_last, self._begin, end)
         # all components of a span, so that what replaces its parts can be judged as a whole
@@ -118,7 +121,7 @@ class Blocks:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         corpus, begin = self.corpus, self._begin[index]
-        end = min(begin + self.width, len(corpus.tokens))
+        end = self._end[index]
         size = end - begin
         c0, c1 = self._components[0][index], self._components[1][index]
         s0, s1 = self._spans[0][index], self._spans[1][index]
@@ -166,7 +169,7 @@ class Blocks:
         """Return int64 [W]: the document number of each token of a block, -1 on padding."""
         begin = self._begin[index]
         out = np.full(self.width, -1, np.int64)
-        values = self.corpus.document[begin : begin + self.width]
+        values = self.corpus.document[begin : self._end[index]]
         out[: len(values)] = values
         return out
 

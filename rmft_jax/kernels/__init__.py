@@ -10,7 +10,19 @@ from rmft_jax.kernels.attention import (
     rotary_angles,
 )
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
-from rmft_jax.kernels.early_learning import average_weights, early_learning_penalty
+from rmft_jax.kernels.early_learning import (
+    TopTargets,
+    average_weights,
+    clipped_softmax,
+    early_learning_penalty,
+    elr_loss,
+    elr_update_target,
+    kl_loss,
+    mixup,
+    top_penalty,
+    top_targets,
+    update_top_targets,
+)
 from rmft_jax.kernels.exposure import exposure_by_rank
 from rmft_jax.kernels.extraction_scores import (
     all_hit,
@@ -22,6 +34,7 @@ from rmft_jax.kernels.extraction_scores import (
 from rmft_jax.kernels.fingerprint import fingerprint
 from rmft_jax.kernels.fused_attention import FUSED_ATTENTION, fused_attention, why_not_fused
 from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
+from rmft_jax.kernels.importance import importance_weighted_log_likelihood, logmeanexp, m_score
 from rmft_jax.kernels.masking import (
     PII,
     POLICIES,
@@ -52,15 +65,15 @@ from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized,
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE",
-    "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "all_hit", "attention", "average_weights",
-    "causal_attention", "causal_mask", "choose_surrogates", "cross_entropy", "document_mask", "document_positions",
-    "draw_surrogates",
-    "early_learning_penalty", "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob",
-    "fingerprint", "first_memorized", "fused_attention", "goldfish_mask", "is_real_value", "loss_score", "mask_batch",
-    "memorized",
-    "min_k_plus_plus_score", "min_k_score", "n_p_discoverable", "queries_needed", "reference_score",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE", "Spans",
+    "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit", "attention", "average_weights",
+    "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask",
+    "document_positions", "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts",
+    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
+    "goldfish_mask", "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp", "loss_score", "m_score",
+    "mask_batch", "memorized", "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "queries_needed",
+    "reference_score",
     "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
-    "splice", "splice_reference", "target_mask", "token_nll", "uniform_below", "vocabulary_statistics", "why_not_fused",
-    "window_hash", "zlib_score",
+    "splice", "splice_reference", "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below",
+    "update_top_targets", "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
 ]  # fmt: skip

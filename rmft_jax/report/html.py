@@ -14,6 +14,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import write_text
 from rmft_jax.report.plots import HEIGHT, LEFT, WIDTH, charts, style_classes
 from rmft_jax.report.scaling import scaling_charts, scaling_table
+from rmft_jax.report.study import TITLES, study_charts, study_table
 from rmft_jax.report.verdict import verdict
 from rmft_jax.report.view import MISSING, View, is_number, lookup, show
 
@@ -94,16 +95,20 @@ def template(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def is_scaling(results: dict) -> bool:
-    """Return whether the results are those of `rmft study scaling`, which have a page of their own."""
-    return (results.get("study") or {}).get("name") == "scaling"
+def study_of(results: dict) -> str:
+    """Return the name of the study that results are of, if it has a page of its own, else ""."""
+    name = (results.get("study") or {}).get("name", "")
+    return name if name == "scaling" or name in TITLES else ""
 
 
 def render(results: dict) -> str:
     """Return the report page."""
     view = View(results)
-    if is_scaling(results):
+    name = study_of(results)
+    if name == "scaling":
         return template("scaling.html").render(view=view, charts=scaling_charts(view), classes=style_classes)
+    if name:
+        return template("study.html").render(view=view, title=TITLES[name], charts=study_charts(view), classes=style_classes)
     return template("template.html").render(
         view=view, num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view),
         charts=charts(view), classes=style_classes, attacks=attacks(view), path_of=partial(summary_path, view))
@@ -127,7 +132,8 @@ def write_charts(results: dict, folder: Path) -> list[Path]:
     """Write each chart of the page as an SVG file of its own, with heading and legend, and return their paths."""
     view = View(results)
     paths = []
-    for chart in scaling_charts(view) if is_scaling(results) else charts(view):
+    make = {"": charts, "scaling": scaling_charts}.get(study_of(results), study_charts)
+    for chart in make(view):
         entries, x, row = [], LEFT, 0
         for slot, name in chart.names:
             width = 40 + 7 * len(name)
@@ -151,8 +157,8 @@ def _cell(view: View, path: tuple) -> str:
 
 def text_table(results: dict) -> Table:
     """Return the summary, one row per run: each figure stands over the low and high end of its interval."""
-    if is_scaling(results):
-        return scaling_table(results)
+    if name := study_of(results):
+        return scaling_table(results) if name == "scaling" else study_table(results)
     view = View(results)
     caption = Text(
         f"Last checkpoint, prompt set {view.headline}; cuts are means over checkpoints against "

@@ -12,6 +12,8 @@ from rmft_jax.errors import UserError
 
 STUDIES = {
     "rmft": "randomized masked fine-tuning against its rivals",
+    "early-learning": "right labels are learned first, wrong ones memorized later, unless regularized",
+    "m-score": "which training examples generative models memorize",
     "scaling": "how fast models of different sizes memorize, and forget",
 }
 
@@ -20,4 +22,4 @@ def run_study(name: str, config: Config, *, command: str) -> dict:
     """Run one study by name and return its results. Raises UserError for an unknown name."""
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}: choose one of {', '.join(STUDIES)}")
-    return importlib.import_module(f"rmft_jax.studies.{name}").run(config, command=command)
+    return importlib.import_module(f"rmft_jax.studies.{name.replace('-', '_')}").run(config, command=command)

@@ -1,8 +1,9 @@
 """Checkpoints: asynchronous, atomic, restored onto an explicit target (orbax).
 
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
-`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, and `tracker` in runs that
-follow memorization. Beside them `fingerprints`: of each array as it was when saved, against which it is held when read.
+`progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, `elr` in those that keep
+targets of tokens, and `tracker` in runs that follow memorization. Beside them `fingerprints`: of each array as it was when
+saved, against which it is held when read.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ITEMS = {
     "progress": ("seen", "step"),
     "guard": ("guard",),
     "average": ("average",),
+    "elr": ("elr",),
     "tracker": ("tracker",),
 }
 

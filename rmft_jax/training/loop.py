@@ -82,7 +82,8 @@ def train(config: Config) -> Path:
 
     optimizer = make_optimizer(config.training, plan.steps)
     sizes = config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, tracker_shape(config, len(blocks))
-    shapes = jax.eval_shape(lambda: init_state(*sizes))
+    init = lambda: init_state(*sizes, blocks=len(blocks))  # noqa: E731
+    shapes = jax.eval_shape(init)
     shardings = shardings_for(shapes, mesh)
     checkpoints = Checkpoints(
         directory / "checkpoints", keep_steps=plan.checkpoint_steps, keep_last=config.checkpoint.keep_last
@@ -98,7 +99,7 @@ def train(config: Config) -> Path:
     if found:
         state = found[1]
     else:
-        state = jax.jit(lambda: init_state(*sizes), out_shardings=shardings)()
+        state = jax.jit(init, out_shardings=shardings)()
         if initial is not None:
             state["params"] = jax.device_put(initial, shardings["params"])
             if "average" in state:

@@ -8,7 +8,18 @@ from flax.core.spmd import get_logical_axis_rules
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config, LossConfig
-from rmft_jax.kernels import CrossEntropy, MaskedBatch, cross_entropy, early_learning_penalty, goldfish_mask, target_mask
+from rmft_jax.kernels import (
+    SURROGATE,
+    CrossEntropy,
+    MaskedBatch,
+    TopTargets,
+    cross_entropy,
+    early_learning_penalty,
+    goldfish_mask,
+    target_mask,
+    top_penalty,
+    update_top_targets,
+)
 from rmft_jax.models.gpt import forward, hidden, output_matrix
 from rmft_jax.models.lora import with_adapters
 from rmft_jax.training.attention import fused_name
@@ -53,14 +64,17 @@ def whole(config: Config, trained: dict, frozen: dict | None) -> dict:
 
 
 def weighted_loss(
-    params: dict, config: Config, masked: MaskedBatch, weights: jax.Array, *, average: dict | None = None, key=None
-) -> tuple[jax.Array, CrossEntropy]:
-    """Return the sum over next tokens of weight x loss in nats, float32 [], and the CrossEntropy of each, [B, N-1].
+    params: dict, config: Config, masked: MaskedBatch, weights: jax.Array, *,
+    average: dict | TopTargets | None = None, key=None,
+) -> tuple[jax.Array, tuple[CrossEntropy, TopTargets | None]]:
+    """Return the sum over next tokens of weight x loss in nats, float32 [], and the CrossEntropy of each, [B, N-1], with the
+    new targets of early-learning regularization, [B, N-1, K], where the old ones were given.
 
     The loss is cross entropy, with what training.z_loss and loss.elr_weight add to it.
 
     weights: bool or float32 [B, N-1], as from `token_weights`. average: the average of the weights that early-learning
-    regularization takes its targets from. key: of dropout. Either is needed only where it is switched on.
+    regularization takes its targets from or, with loss.elr_top, the targets so far.
+    key: of dropout. Either is needed only where it is switched on.
     """
     training, dtype = config.training, DTYPES[config.training.dtype]
     inputs, targets = shown_tokens(params, masked), masked.tokens[:, 1:]
@@ -68,11 +82,17 @@ def weighted_loss(
     how = {"remat": training.remat, "fused": fused_name(config), "causal": masked.asked is None}
     features = hidden(cast, config.model, *inputs, dropout=training.dropout, key=key, **how)
     total, scores = spread_cross_entropy(features, output_matrix(cast), targets, weights, config)
-    if config.loss.elr_weight:
+    new = None
+    if config.loss.elr_weight and config.loss.elr_top:
+        probabilities = jax.nn.softmax((features @ output_matrix(cast)).astype(jnp.float32))
+        new = update_top_targets(average, probabilities, config.loss.elr_beta)
+        true = masked.origin[:, 1:] != SURROGATE  # nothing is known of a surrogate from epochs before
+        total += config.loss.elr_weight * jnp.sum(weights * true * top_penalty(probabilities, new))
+    elif config.loss.elr_weight:
         logits = features @ output_matrix(cast)
         earlier = forward(jax.lax.stop_gradient(average), config.model, *inputs, dtype=dtype)
         total += config.loss.elr_weight * jnp.sum(weights * early_learning_penalty(logits, earlier))
-    return total, scores
+    return total, (scores, new)
 
 
 def ask(masked: MaskedBatch, config: Config, key: jax.Array) -> MaskedBatch:
@@ -122,7 +142,8 @@ def spread_cross_entropy(features, output, targets, weights, config: Config) -> 
 def loss_and_gradient(
     trained: dict, config: Config, masked: MaskedBatch, *, frozen: dict | None = None, average=None, key=None
 ) -> tuple[dict, dict]:
-    """Return the gradient of the mean loss over the batch, and metrics: loss, targets (the sum of the weights), hit.
+    """Return the gradient of the mean loss over the batch, and metrics: loss, targets (the sum of the weights), hit; and
+    under loss.elr_top new_targets, those of early-learning regularization.
 
     trained, frozen: as `whole` has them; the gradient is that of `trained`, of which `average` is the average.
     The mean is sum(weights x losses) / sum(weights) over the global batch, 0 where no token weighs anything. Under `jit` the
@@ -136,19 +157,21 @@ def loss_and_gradient(
 
     def of_rows(masked, weights, key):
         def share(trained):
-            earlier = None if average is None else whole(config, average, frozen)
-            loss, scores = weighted_loss(whole(config, trained, frozen), config, masked, weights, average=earlier, key=key)
-            return loss / total, scores.hit
+            plain = average is None or isinstance(average, TopTargets)
+            earlier = average if plain else whole(config, average, frozen)
+            params = whole(config, trained, frozen)
+            loss, (scores, new) = weighted_loss(params, config, masked, weights, average=earlier, key=key)
+            return loss / total, (scores.hit, new)
 
         return jax.value_and_grad(share, has_aux=True)(trained)
 
     if count == 1:
-        (loss, hit), gradient = of_rows(masked, weights, key)
-        return gradient, {"loss": loss, "targets": targets, "hit": hit}
+        (loss, (hit, new)), gradient = of_rows(masked, weights, key)
+        return gradient, {"loss": loss, "targets": targets, "hit": hit} | ({} if new is None else {"new_targets": new})
 
     def add(sums, inputs):
         number, rows, weights = inputs
-        (loss, hit), gradient = of_rows(rows, weights, None if key is None else jax.random.fold_in(key, number))
+        (loss, (hit, _)), gradient = of_rows(rows, weights, None if key is None else jax.random.fold_in(key, number))
         return jax.tree.map(jnp.add, sums, (loss, gradient)), hit
 
     microbatches = jax.tree.map(lambda x: _deal(x, count), (masked, weights))

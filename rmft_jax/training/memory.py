@@ -18,7 +18,7 @@ from rmft_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
 from rmft_jax.data.blocks import Blocks
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.errors import UserError
-from rmft_jax.kernels import MaskedBatch, SurrogateBank, TaggedBatch
+from rmft_jax.kernels import MaskedBatch, SurrogateBank, TaggedBatch, top_targets
 from rmft_jax.models.gpt import UNROLL, init_params
 from rmft_jax.training.losses import DTYPES, weighted_loss
 from rmft_jax.training.mesh import batch_sharding, replicated, shardings_for
@@ -35,7 +35,8 @@ class Inputs:
     """What the data say of the shapes of a step.
 
     vocab_size: of the tokenizer. identities: PII values, each a byte of the state. components, spans: slots of a row.
-    bank: of the surrogates, arrays or their shapes.
+    bank: of the surrogates, arrays or their shapes. blocks: of training text, 0 = not known: what loss.elr_top keeps of each
+    is not counted then.
     """
 
     vocab_size: int
@@ -43,6 +44,7 @@ class Inputs:
     components: int
     spans: int
     bank: SurrogateBank
+    blocks: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Memory:
 def inputs_of(prepared: Prepared, blocks: Blocks) -> Inputs:
     """Return the shapes that prepared data and their training blocks give a step."""
     tokenizer = prepared.tokenizer
-    return Inputs(tokenizer.vocab_size, prepared.identities, blocks.max_components, blocks.max_spans, prepared.bank)
+    slots = blocks.max_components, blocks.max_spans
+    return Inputs(tokenizer.vocab_size, prepared.identities, *slots, prepared.bank, len(blocks))
 
 
 def parse_bytes(text: str) -> int:
@@ -113,7 +116,8 @@ def describe_memory(memory: Memory, limit: int) -> str:
 def abstract_state(config: Config, inputs: Inputs, mesh: Mesh | AbstractMesh) -> tuple[dict, dict]:
     """Return the shapes of the train state and their shardings."""
     optimizer = make_optimizer(config.training, 1)  # the number of steps changes no shape
-    shapes = jax.eval_shape(lambda: init_state(config, inputs.vocab_size, inputs.identities, optimizer))
+    sizes = config, inputs.vocab_size, inputs.identities, optimizer
+    shapes = jax.eval_shape(lambda: init_state(*sizes, blocks=inputs.blocks))
     return shapes, shardings_for(shapes, mesh)
 
 
@@ -122,9 +126,11 @@ def abstract_batch(config: Config, inputs: Inputs) -> TaggedBatch:
     rows, width = config.training.batch_size, config.training.sequence_length - config.masking.margin + 1
 
     def shape(name: str) -> tuple[int, ...]:
-        if name in ("tokens", "segment_ids", "component"):
+        if name in ("tokens", "segment_ids", "component", "tag"):
             return rows, width
-        return (rows,) if name == "epoch" else (rows, inputs.components if name.startswith("component") else inputs.spans)
+        if name in ("epoch", "example"):
+            return (rows,)
+        return (rows, inputs.components if name.startswith("component") else inputs.spans)
 
     return TaggedBatch(**{name: jax.ShapeDtypeStruct(shape(name), jnp.int32) for name in TaggedBatch._fields})
 
@@ -213,6 +219,8 @@ def _saved(
     params = jax.eval_shape(lambda: init_params(model, vocab_size // tensor, jax.random.key(0)))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     average = params if loss.elr_weight else None
+    if loss.elr_top:
+        average = jax.eval_shape(lambda: top_targets((rows, length, loss.elr_top)))
     row = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32)
     masked = MaskedBatch(row, row, row, row, None, None)
     weights = jax.ShapeDtypeStruct((rows, length), bool)

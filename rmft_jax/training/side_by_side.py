@@ -77,17 +77,18 @@ class SideBySide:
         """data: all rows that members can be shown, numpy; seeds: int32 [members], in the place of config.seed.
 
         sets: rows that each member is scored on after each round. steps: of the learning rate's schedule. more_pieces: by
-        how many the vocabulary is larger than the tokenizer's. sharded: one member, split over config.mesh; else members
-        are split over as many devices as share them equally.
+        how many the vocabulary is larger than the tokenizer's. sharded: each member is split over config.mesh, and
+        they take their rounds one after the other; else members are split over as many devices as share them equally.
         """
         self._config, self._members = config, len(seeds)
         self._optimizer = make_optimizer(config.training, steps)
         sizes = prepared.tokenizer.vocab_size + more_pieces, prepared.identities, self._optimizer, tracker
-        init = jax.vmap(lambda seed: init_state(config, *sizes, seed=seed))
+        first = lambda seed: init_state(config, *sizes, seed=seed, blocks=len(data.tokens))  # noqa: E731
+        init = jax.vmap(first)
         if sharded:
             self._mesh = make_mesh(config.mesh)
             self._config = choose_attention(config, self._mesh)
-            one = jax.eval_shape(lambda: init_state(config, *sizes))
+            one = jax.eval_shape(first, jnp.int32(0))
             of_members = jax.tree.map(
                 lambda split: jax.NamedSharding(self._mesh, P(None, *split.spec)), shardings_for(one, self._mesh)
             )

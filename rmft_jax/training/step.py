@@ -10,7 +10,17 @@ import optax
 from jax.sharding import Mesh
 
 from rmft_jax.config import Config
-from rmft_jax.kernels import CrossEntropy, MaskedBatch, SurrogateBank, TaggedBatch, average_weights, mask_batch
+from rmft_jax.kernels import (
+    SURROGATE,
+    CrossEntropy,
+    MaskedBatch,
+    SurrogateBank,
+    TaggedBatch,
+    TopTargets,
+    average_weights,
+    mask_batch,
+    top_targets,
+)
 from rmft_jax.models.gpt import hidden, init_params, output_matrix, place
 from rmft_jax.models.lora import init_adapters, with_adapters
 from rmft_jax.training.attention import fused_name
@@ -39,11 +49,13 @@ def init_state(
     tracker: TrackerShape | None = None,
     *,
     seed: jax.Array | None = None,
+    blocks: int = 0,
 ) -> dict:
     """Return the train state at step 0, a plain dict: params, optimizer, seen (bool [identities], at least 1), step, guard.
 
     guard: what `accept` needs to know of earlier steps. Under LoRA also adapters, which are what is trained then, and
-    adapter_scale; with early-learning regularization also average, the average of what is trained; with the sizes of a
+    adapter_scale; with early-learning regularization also average, the average of what is trained, or elr (the
+    targets of each token of the training blocks, `blocks` of them, with loss.elr_top); with the sizes of a
     tracker also tracker (`training.tracker`). seed: int [], in the place of config.seed.
     """
     key = jax.random.key(config.seed if seed is None else seed, impl="threefry2x32")
@@ -63,6 +75,9 @@ def init_state(
     }
     if tracker:
         state["tracker"] = init_tracker(tracker)
+    if config.loss.elr_weight and config.loss.elr_top:
+        width = config.training.sequence_length - config.masking.margin + 1
+        return state | {"elr": top_targets((blocks, width, config.loss.elr_top))._asdict()}
     return state | ({"average": jax.tree.map(jnp.copy, trained)} if config.loss.elr_weight else {})
 
 
@@ -104,7 +119,7 @@ def train_step(
     if config.privacy.on:
         gradients, scores = private_gradient(state[part], config, masked, step=state["step"], key=key, **frozen)
     else:
-        average = state.get("average")
+        average = _targets_so_far(state["elr"], batch, masked) if "elr" in state else state.get("average")
         gradients, scores = loss_and_gradient(state[part], config, masked, average=average, key=key, **frozen)
         hit = scores.pop("hit")
     norm = optax.global_norm(gradients)
@@ -118,6 +133,7 @@ def train_step(
     }
     if "average" in state:
         new["average"] = average_weights(state["average"], new[part], state["step"], config.loss.elr_decay)
+    targets = _note_targets(state["elr"], batch, masked, scores.pop("new_targets"), ok) if "elr" in state else None
     new = {name: jax.tree.map(lambda n, o: jnp.where(ok, n, o), value, state[name]) for name, value in new.items()}
     new = state | new | {"step": state["step"] + 1, "guard": guard}
     metrics = {
@@ -128,10 +144,26 @@ def train_step(
         "skipped": guard["skipped"],
         "skipped_in_a_row": guard["in_a_row"],
     }
+    if targets is not None:
+        new["elr"] = targets
     if "tracker" in state:
         new["tracker"] = update_tracker(state["tracker"], batch, masked, hit, new["step"])
         metrics["tracker"] = new["tracker"]["counts"]
     return new, metrics
+
+
+def _targets_so_far(elr: dict, batch: TaggedBatch, masked: MaskedBatch) -> TopTargets:
+    """Return what early-learning regularization knows of each next token that the model is shown, [B, N-1, K]."""
+    place = jnp.minimum(masked.source[:, 1:], batch.tokens.shape[1] - 1)[..., None]
+    return TopTargets(**{name: jnp.take_along_axis(values[batch.example], place, axis=1) for name, values in elr.items()})
+
+
+def _note_targets(elr: dict, batch: TaggedBatch, masked: MaskedBatch, new: TopTargets, ok: jax.Array) -> dict:
+    """Return the targets of all tokens, those of the true ones that the model was shown being new, if the step counts."""
+    noted = asked_targets(masked) & (masked.origin[:, 1:] != SURROGATE) & ok
+    row = jnp.broadcast_to(batch.example[:, None], noted.shape)
+    place = jnp.where(noted, masked.source[:, 1:], batch.tokens.shape[1])  # beyond the end: dropped
+    return {name: elr[name].at[row, place].set(values, mode="drop") for name, values in new._asdict().items()}
 
 
 def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, dict]:
