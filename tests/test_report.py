@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from rmft_jax.errors import UserError
 from rmft_jax.report.html import text_table, write_report
 from rmft_jax.report.plots import line_chart, linear_ticks, log_ticks, nice_step, style_classes
 from rmft_jax.report.view import lookup, path_text, show
@@ -417,7 +418,7 @@ def test_failed_report_leaves_the_old_file(results, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
     results["runs"] = 7
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError, match="are not whole .TypeError.*run the command that wrote them again"):
         write_report(results, path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
