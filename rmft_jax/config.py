@@ -23,9 +23,11 @@ from rmft_jax.includes import merge, read_includes, read_tree
 class SourceConfig:
     """Where the text comes from.
 
-    format: synthetic (bundled generator) | jsonl (one object a line, .gz allowed) | text (documents separated by a line) |
-    python_docs (the help topics that come with the Python in use, a document each) | tfds (a data set of TFDS: path is its
-    name, or the folder that it was prepared in, split the part to read, heldout_path another split).
+    format: synthetic (bundled generator) | jsonl (one object a line) | csv | parquet | text (documents separated by a
+    line) | mbox | maildir (a folder of messages, a file each, or a .tar.gz of one) | python_docs (the help topics that come
+    with the Python in use, a document each) | tfds (a data set of TFDS: path is its name, or the folder that it was prepared
+    in, split the part to read, heldout_path another split). Files of lines may be .gz or .zst.
+    mail: parse each text as a mail message, as mbox and maildir do (docs/data.md).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
@@ -36,6 +38,7 @@ class SourceConfig:
     split: str = "train"
     text_field: str = "text"
     separator: str = "<|endoftext|>"
+    mail: bool = False
     limit: int = 500
     max_characters: int = 0
     heldout_path: str = ""
@@ -717,7 +720,7 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "dp": lambda config: config.privacy.on,
 }
 _CHOICES = {
-    "source.format": ("synthetic", "jsonl", "text", "python_docs", "tfds"),
+    "source.format": ("synthetic", "jsonl", "csv", "parquet", "text", "mbox", "maildir", "python_docs", "tfds"),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
@@ -908,7 +911,7 @@ def _rules(config: Config) -> typing.Iterator[str]:
         yield "tracker.tags and tracker.tag_names go together: set both or neither"
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
         yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
-    if config.source.format in ("jsonl", "text", "tfds") and not config.source.path:
+    if config.source.format not in ("synthetic", "python_docs") and not config.source.path:
         what = "data set" if config.source.format == "tfds" else "file"
         yield f"source.path is empty: name the {config.source.format} {what}, or set source.format=synthetic"
     yield from _pii_rules(config)

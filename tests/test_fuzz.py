@@ -12,9 +12,11 @@ import pytest
 import yaml
 from test_convert import MODEL, folder_of, write_gguf
 from test_report import results  # noqa: F401  a fixture
+from test_sources import TEXTS, message, write_source
 
 from rmft_jax.config import Config, load_config, to_dict, to_yaml
 from rmft_jax.convert import convert_import
+from rmft_jax.data.mail import text_of
 from rmft_jax.data.sources import read_documents
 from rmft_jax.errors import UserError
 from rmft_jax.models.gpt import init_params
@@ -123,6 +125,33 @@ def test_documents(tmp_path, name, on_error, count):
             data = mutate(gzip.compress(whole), rng) if number % 2 else gzip.compress(data)
         (tmp_path / name).write_bytes(data)
         refused_or_done(read_documents, config.source)
+
+
+@pytest.mark.parametrize("count", [FEW * 4, MANY])
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl.zst", "a.mbox"])
+def test_other_formats(tmp_path, name, count):
+    rng, path = random.Random(6), tmp_path / name
+    if name.endswith("mbox"):
+        path.write_bytes(b"".join(b"From x\nTo: a@b.example.com\nSubject: %d\n\nhello\n\n" % n for n in range(5)))
+    else:
+        write_source(path, TEXTS)
+    whole, kind = path.read_bytes(), name.split(".")[1]
+    settings = [f"format={kind}", f"path={path}", "heldout_fraction=0.3"]
+    config = load_config(None, [f"source.{setting}" for setting in settings])
+    for _ in range(count // 4):
+        path.write_bytes(mutate(whole, rng))
+        refused_or_done(read_documents, config.source)
+
+
+@pytest.mark.parametrize("count", [FEW * 2, MANY])
+def test_mail(count):
+    rng, whole = random.Random(7), message()
+    whole.add_alternative("<p>Dear &eacute;</p>", subtype="html")
+    whole.add_attachment(b"\0\1", maintype="application", subtype="pdf", filename="a.pdf")
+    whole.add_attachment(message("inner"))
+    for _ in range(count):
+        text, _ = text_of(mutate(whole.as_bytes(), rng))
+        text.encode("utf-8")
 
 
 def check_import(source, out):

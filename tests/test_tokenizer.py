@@ -18,9 +18,13 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rmft_jax.config import TokenizerConfig
+from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from rmft_jax.data.pieces import longest_pieces, pieces_with
+from rmft_jax.data.prepare import _text_outside_pii
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.tokenizer import load_tokenizer
 from rmft_jax.errors import UserError
+from rmft_jax.pii.detector import detect
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 END = "<|endoftext|>"
@@ -208,3 +212,30 @@ def test_files_that_are_not_whole_are_refused(name, content, says, tmp_path):
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
         load_tokenizer(tmp_path / "nothing.json")
+
+
+@pytest.mark.skipif(not ENRON.exists(), reason="needs the shared Enron data")
+@pytest.mark.parametrize("model_type, wide", [("bpe", False), ("bpe", True), ("unigram", True)])
+def test_no_piece_holds_an_address_of_enron(model_type, wide):
+    """Training as ours is; and with SentencePiece's own limits lifted, under which the same without PII cut out fails."""
+    with gzip.open(ENRON, "rt") as file:
+        texts = [json.loads(line)["raw"][:2000] for line in itertools.islice(file, 1500)]
+    pairs = [(text, detect(text)) for text in texts]
+    values = {span.value for _, spans in pairs for span in spans}
+    config = TokenizerConfig(vocab_size=12000, model_type=model_type)
+    limits = {"split_by_unicode_script": False, "max_sentencepiece_length": 64} if wide else {}
+    ours = SentencePieceTokenizer.train(_text_outside_pii(pairs), config, **limits)
+    plain = SentencePieceTokenizer.train(texts, config, **limits)
+    held = len(pieces_with(ours, values)), len(pieces_with(plain, values))
+    print(f"{model_type}: {held[0]} pieces hold an address of {len(values):,}, {held[1]} without the safeguard")
+    assert held[0] == 0 and (held[1] > 100) == wide
+    longest = longest_pieces(plain)
+    assert len(longest) == 10 and plain.byte_lengths()[longest[0]] == max(plain.byte_lengths())
+
+
+def test_pieces_with_personal_data_are_found_whoever_made_the_vocabulary():
+    tokenizer = HuggingFaceTokenizer({"tokenizer.json": byte_level(["write to ann@x.example.com now"] * 50, pre_tokenizer=
+                                      pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(
+                                          add_prefix_space=False, use_regex=False)])).to_str().encode()})  # fmt: skip
+    found = pieces_with(tokenizer, {"Ann@x.example.com", "to"})
+    assert [tokenizer.decode([id]) for id in found] == ["ann@x.example.com"]

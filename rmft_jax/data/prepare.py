@@ -13,6 +13,7 @@ import numpy as np
 from rmft_jax.config import Config, first_difference, to_dict
 from rmft_jax.data.canaries import SPACE_BITS, identities_of, insert, make_canaries
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
+from rmft_jax.data.pieces import longest_pieces, pieces_with
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tagged_corpus import write_corpus
@@ -153,8 +154,14 @@ def _prepare_into(directory: Path, config: Config) -> dict:
         "schema": SCHEMA,
         "settings": _settings(config),
         "skipped_documents": documents.skipped,
+        "faults": {name: count for name, count in sorted(documents.faults.items()) if count},
         "train": _counts(train),
         "heldout": _counts(heldout),
+        "vocabulary": {
+            "pieces": tokenizer.vocab_size,
+            "longest_piece_bytes": tokenizer.byte_lengths()[longest_pieces(tokenizer, 1)[0]],
+            "pieces_with_pii": len(pieces_with(tokenizer, identities.index)),
+        },
         "pii_identities": len(identities.counts) - len(canaries),
         "pii_repeating_pct": 100 * (1 - len(identities.counts) / max(1, identities.occurrences)),
         "pii_identities_repeating_pct": 100 * float(np.mean(np.array(identities.counts or [0]) > 1)),

@@ -45,8 +45,11 @@ class SentencePieceTokenizer:
             raise UserError(f"tokenizer {path} cannot be read ({error.strerror}): run `rmft prepare` first") from None
 
     @classmethod
-    def train(cls, texts: Iterable[str], config: TokenizerConfig) -> SentencePieceTokenizer:
-        """Train on pieces of text from which PII has been cut out, so that no piece of the vocabulary can hold any."""
+    def train(cls, texts: Iterable[str], config: TokenizerConfig, **options: object) -> SentencePieceTokenizer:
+        """Train on pieces of text from which PII has been cut out, so that no piece of the vocabulary can hold any.
+
+        options: further ones of SentencePiece's trainer.
+        """
         model = io.BytesIO()
         lines = (line for text in texts for line in text.split("\n") if line)
         try:
@@ -68,6 +71,7 @@ class SentencePieceTokenizer:
                 eos_id=_EOS,
                 pad_id=-1,
                 minloglevel=2,
+                **options,
             )
         except RuntimeError as error:
             if "vocab" in str(error).lower():
