@@ -89,9 +89,11 @@ def test_loader_is_a_permutation_each_epoch_split_without_loss_and_resumable(pre
     assert [row for row, _ in flat[:size]] != original
     assert [row for row, _ in flat[:size]] != [row for row, _ in flat[size : 2 * size]]
     assert rows(start=5, steps=4) == whole[5:9]
-    halves = [rows(steps=6, process=p, processes=2) for p in (0, 1)]
-    for step in range(6):
-        assert sorted(halves[0][step] + halves[1][step]) == sorted(whole[step])
+    for hosts in (1, 2, 4):  # goes on after 5 steps, to the end of the epoch and beyond
+        left = len(whole) - 5
+        parts = [rows(start=5, steps=left, process=host, processes=hosts) for host in range(hosts)]
+        for step in range(left):
+            assert sorted(row for part in parts for row in part[step]) == sorted(whole[5 + step])
 
 
 def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):
