@@ -52,6 +52,25 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fal
 
 
 @app.command()
+def dedup(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write the prepared training text without its duplicates, and a report of the clusters."""
+    from rmft_jax.config import load_config
+    from rmft_jax.data.dedup_report import dedup
+    from rmft_jax.data.prepare import load_prepared
+
+    settings = load_config(config, overrides or [])
+    report = dedup(settings, load_prepared(settings))
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(
+        f"{settings.out}/dedup: {report['kept_documents']:,} of {report['documents']:,} documents and "
+        f"{report['kept_tokens']:,} of {report['tokens']:,} tokens are left; {report['near_duplicates']:,} near-duplicates "
+        f"of {len(report['clusters']):,} documents, {report['repeated_tokens']:,} tokens in repeated substrings"
+    )
+
+
+@app.command()
 def plan(
     config: ConfigPath,
     overrides: Overrides = None,

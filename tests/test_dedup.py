@@ -302,3 +302,28 @@ def test_bands_divide_any_signature(num_perm):
 def test_bad_minhash_arguments(arguments):
     with pytest.raises(ValueError):
         near_duplicates(["a"], **arguments)
+
+
+def test_a_copy_without_duplicates(tiny, prepared, capsys):
+    """What `rmft dedup` writes is what training reads under near_exact, and each near-duplicate is in a cluster once."""
+    from rmft_jax.config import SourceConfig
+    from rmft_jax.data.dedup_report import dedup
+    from rmft_jax.data.sources import read_documents
+    from rmft_jax.data.tagged_corpus import read_corpus
+
+    config = tiny()
+    report = dedup(config, prepared)
+    records = list(read_corpus(prepared.directory, "train"))
+    near = [number for number, record in enumerate(records) if (record["duplicate"] == 1).all()]
+    assert near and sorted(number for cluster in report["clusters"] for number in cluster[1:]) == near
+    firsts = [cluster[0] for cluster in report["clusters"]]
+    assert len(set(firsts)) == len(firsts) and not set(firsts) & set(near)
+    words = lambda number: set(prepared.tokenizer.decode(records[number]["tokens"]).lower().split())  # noqa: E731
+    similar = [len(words(a) & words(b)) / len(words(a) | words(b)) for a, *others in report["clusters"] for b in others]
+    assert min(similar) > 0.65  # estimates from 128 hashes against a threshold of 0.8
+    path = f"{config.out}/dedup/documents.jsonl.gz"
+    documents = read_documents(SourceConfig(format="jsonl", path=path, limit=0, heldout_fraction=0.0, heldout_path=path))
+    kept = [record["tokens"][record["duplicate"] == 0] for record in records]
+    expected = [text for tokens in kept if len(tokens) and (text := prepared.tokenizer.decode(tokens)).strip()]
+    assert documents.train == expected and report["kept_tokens"] == sum(map(len, kept))
+    assert "@" not in (Path(config.out) / "dedup" / "dedup.json").read_text()

@@ -9,7 +9,7 @@ arXiv 2107.06499, by hashes of windows and not by a suffix array: only one lengt
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from rensa import RMinHashDeduplicator
+from rensa import RMinHash, RMinHashDeduplicator
 
 # Weights of the two error areas when bands are chosen. Every LSH candidate is verified against its signature,
 # so a false positive only costs time while a false negative is lost. With equal weights, and bands that must
@@ -59,6 +59,33 @@ def near_duplicates(
     flags = np.zeros(len(texts), dtype=bool)
     flags[np.array(rows, dtype=np.intp)] = ~kept
     return flags
+
+
+def nearest_kept(
+    texts: Sequence[str], flags: np.ndarray, *, threshold: float = 0.8, num_perm: int = 128, seed: int = 42
+) -> np.ndarray:
+    """Return which kept document each near-duplicate is nearest to, int64 [n]; -1 for those that are kept.
+
+    Args:
+        texts, threshold, num_perm, seed: As they were for `near_duplicates`. flags: What it returned.
+    """
+    index = RMinHashDeduplicator(
+        threshold, num_perm, use_lsh=True, num_bands=_choose_bands(threshold, num_perm), seed=seed
+    )
+    sketches: dict[int, RMinHash] = {}
+    out = np.full(len(texts), -1, np.int64)
+    for row, (text, is_near) in enumerate(zip(texts, flags, strict=True)):
+        if not (tokens := text.lower().split()):
+            continue
+        sketch = RMinHash(num_perm, seed)
+        sketch.update(tokens)
+        if is_near:
+            found = map(int, index.get_duplicates(sketch))
+            out[row] = max(found, key=lambda other: (sketches[other].jaccard(sketch), -other))  # noqa: B023
+        else:
+            index.add(str(row), sketch)
+            sketches[row] = sketch
+    return out
 
 
 def repeated_substrings(tokens: np.ndarray, document_ids: np.ndarray, *, min_tokens: int) -> np.ndarray:
