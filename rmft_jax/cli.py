@@ -46,9 +46,10 @@ def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = Fal
         f"{train['pii_occurrences']:,} PII occurrences of {manifest['pii_identities']:,} identities "
         f"({manifest['pii_repeating_pct']:.1f}% of the occurrences repeat an earlier one); "
         f"{manifest['heldout']['documents']:,} held-out documents; {manifest['skipped_documents']} skipped"
-        + f"; {manifest['vocabulary']['pieces_with_pii']} of {manifest['vocabulary']['pieces']:,} pieces hold a PII value"
-        + "".join(f"; {count} {name}" for name, count in manifest["faults"].items())
+        + "".join(f"; {count} {name}" for name, count in manifest.get("faults", {}).items())
     )
+    if vocabulary := manifest.get("vocabulary"):  # not in data that an earlier version prepared
+        print(f"{vocabulary['pieces_with_pii']} of {vocabulary['pieces']:,} pieces of the vocabulary hold a PII value")
 
 
 @app.command()
