@@ -113,6 +113,24 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    step: Annotated[int, typer.Option(min=0, help="Which step [default: the last that was left out].")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take a step that RUN left out again: which rows of its batch had which loss and gradient."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.training.setup import load_run_config
+
+    use_cores(load_run_config(run))
+    from rmft_jax.training.replay import replay
+
+    found = replay(run, step)
+    print(json.dumps(found)) if as_json else _print_replay(found)
+    print(f"wrote {run / 'replay' / str(found['step'])}.json", file=sys.stderr)
+
+
+@app.command()
 def audit(
     runs: Annotated[list[str], typer.Argument(help="Run directories, then settings to change: audit.prompts=128 ...")],
     reveal: Annotated[bool, typer.Option(help="Write leaked addresses themselves, not only keyed hashes.")] = False,
@@ -340,6 +358,29 @@ def _print_track(run: Path, result: dict) -> None:
             f"{runs['longest']:,}",
             f"{entry['examples_memorized']:,}",
         )
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+
+
+def _print_replay(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    number = lambda value: "not finite" if value is None else f"{value:.4g}"  # noqa: E731
+    verdict = "left out again" if found["left_out"] else "not left out this time"
+    table = Table(
+        title=f"step {found['step']}, from the checkpoint of step {found['from_step']}: {verdict}; "
+        f"loss {number(found['loss'])}, gradient norm {number(found['gradient_norm'])}; parameters before it are "
+        f"{'finite' if found['parameters_finite'] else 'not finite'}",
+        title_justify="left",
+    )
+    for column in ("block", "epoch", "documents", "tokens", "of them PII", "loss", "gradient norm"):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        documents = ", ".join(map(str, row["documents"][:4])) + (", ..." if len(row["documents"]) > 4 else "")
+        counts = (str(row[name]) for name in ("block", "epoch"))
+        rest = (str(row["tokens"]), str(row["pii_tokens"]), number(row["loss"]), number(row["gradient_norm"]))
+        table.add_row(*counts, documents, *rest)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table)
 

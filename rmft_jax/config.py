@@ -396,12 +396,14 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """count: evenly spaced checkpoints, all kept, for the audit. every_steps: further ones to resume from, of which
-    the newest keep_last stay (0 = none)."""
+    """count: evenly spaced checkpoints, all kept, for the audit. every_steps, every_minutes: further ones to resume
+    from (0 = none). The newest keep_last of those stay, and with keep_hours one in so many hours (0 = none)."""
 
     count: int = 4
     every_steps: int = 0
+    every_minutes: float = 0.0
     keep_last: int = 2
+    keep_hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -805,7 +807,9 @@ _RANGES = {  # inclusive
     "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
+    "checkpoint.every_minutes": (0.0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_hours": (0.0, 1e6),
     "audit.prompts": (1, None),
     "audit.prompt_tokens": (1, None),
     "audit.new_tokens": (1, None),

@@ -14,8 +14,8 @@ from rmft_jax.kernels import mask_batch
 from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector, detect
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.masking import masking_key, masking_rules
+from rmft_jax.training.setup import load_blocks
 
 NAMES = ["ann", "bob.stone", "j", "carla.van.der.berg", "x_17", "Dora", "maximilian", "f..brawner", "a-b"]
 DOMAINS = ["alder.example.com", "b.example.org", "mail.quartz-works.example.net", "C.EXAMPLE.COM", "zz.co.uk"]

@@ -153,7 +153,7 @@ def test_moved_data_are_found(demo, tmp_path, capsys):
     shutil.copytree(out, moved)
     text = (moved / "runs/rmft/config.yaml").read_text().replace(str(out), str(tmp_path / "gone"))
     (moved / "runs/rmft/config.yaml").write_text(text)
-    from rmft_jax.memorization.extraction import load_run_config
+    from rmft_jax.training.setup import load_run_config
 
     assert load_run_config(moved / "runs/rmft").data_dir == moved / "data"
 

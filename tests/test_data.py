@@ -19,7 +19,7 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import target_mask
 from rmft_jax.pii.detector import detect
-from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.setup import load_blocks
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 
@@ -124,7 +124,7 @@ def test_prepare_counts_and_repeats_itself(tiny, tmp_path):
 
 
 def test_dedup_leaves_out_what_was_flagged(tiny, prepared):
-    from rmft_jax.training.loop import load_blocks
+    from rmft_jax.training.setup import load_blocks
 
     records = list(read_corpus(prepared.directory, "train"))
     for policy, kept in (("none", {0, 1, 2}), ("near", {0, 2}), ("near_exact", {0})):

@@ -10,7 +10,7 @@ import rmft_jax
 from rmft_jax.data.prepare import load_prepared
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
-from rmft_jax.memorization.extraction import load_run_config, paired_perplexities, read_evaluation
+from rmft_jax.memorization.extraction import paired_perplexities, read_evaluation
 from rmft_jax.memorization.rates import (
     aurc,
     bootstrap_counts,
@@ -21,6 +21,7 @@ from rmft_jax.memorization.rates import (
     resample,
     tau_grid,
 )
+from rmft_jax.training.setup import load_run_config
 
 SCHEMA = 1
 DESCRIPTIONS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rmft_jax.config import Config, load_config
+from rmft_jax.config import Config
 from rmft_jax.data.prepare import Prepared, load_prepared, tokenizer_path
 from rmft_jax.data.tokenizer import Tokenizer
 from rmft_jax.devices import everywhere, rows_for, spread_rows
@@ -32,6 +32,7 @@ from rmft_jax.pii.detector import Detector, detector
 from rmft_jax.pii.values import keyed_hash
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
+from rmft_jax.training.setup import load_run_config
 from rmft_jax.training.step import DTYPES
 
 SCHEMA = 1
@@ -68,16 +69,6 @@ def audit(runs: list[Path], overrides: list[str] | None = None, *, reveal: bool 
         write_json(run / "audit.json", result)
         results.append(result)
     return results
-
-
-def load_run_config(run: Path, overrides: list[str] = ()) -> Config:
-    """Read a run's resolved config; `out` and `data` follow the directory if it was moved. UserError if it is no run."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run (no config.yaml in it): name a directory that `rmft train` wrote")
-    config = load_config(run / "config.yaml", overrides)
-    if not config.data and not (config.data_dir / "manifest.json").exists():
-        config = load_config(run / "config.yaml", [*overrides, f"data={run.resolve().parent.parent / 'data'}"])
-    return config
 
 
 def read_evaluation(run: Path) -> dict:
