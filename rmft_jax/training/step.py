@@ -85,8 +85,8 @@ def init_state(
 def init_guard() -> dict:
     """Return what `accept` knows at step 0: loss, the running average; skipped, in_a_row, how many steps were left out;
     recent, int32 [32], the numbers of the newest of those."""
-    none = jnp.zeros((), jnp.int32)
-    return {"loss": jnp.zeros(()), "skipped": none, "in_a_row": none, "recent": jnp.zeros(_REMEMBERED, jnp.int32)}
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("skipped", "in_a_row")}  # two arrays: the step takes both over
+    return {"loss": jnp.zeros(()), **counts, "recent": jnp.zeros(_REMEMBERED, jnp.int32)}
 
 
 def model_of(state: dict) -> dict:
