@@ -154,18 +154,20 @@ launch() {
 }
 
 watch() {
-  local now restarts
+  local said now restarts
   while true; do
     if [[ $opt_dry_run ]]; then
-      run kubectl get jobset "$opt_name" "${space[@]}" -o "jsonpath={.status.terminalState} {.status.restarts}"
+      run kubectl get jobset "$opt_name" "${space[@]}" --ignore-not-found
       return
     fi
-    read -r now restarts < <(kubectl get jobset "$opt_name" "${space[@]}" \
-      -o 'jsonpath={.status.terminalState} {.status.restarts}' | sed 's/^ /Running /') || now=Gone
+    said=$(kubectl get jobset "$opt_name" "${space[@]}" --ignore-not-found \
+      -o 'jsonpath=is {.status.terminalState} {.status.restarts}') || said='is Unknown 0'
+    read -r now restarts <<<"$(sed 's/^$/Gone/; s/^is  */Running /; s/^Running \([A-Z]\)/\1/' <<<"$said")"
     case $now in
       Completed) say "$opt_name: done, after ${restarts:-0} restarts"; return 0 ;;
       Failed) say "$opt_name: failed after ${restarts:-0} restarts, see gke.sh logs"; return 1 ;;
       Gone) say "$opt_name: there is none, see gke.sh resume"; return 1 ;;
+      Unknown) say "$opt_name: kubectl cannot say" ;;
       *) say "$opt_name: training, ${restarts:-0} restarts" ;;
     esac
     sleep "${opt_every:-60}"

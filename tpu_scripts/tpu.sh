@@ -77,8 +77,16 @@ on_workers() {
   return "$failed"
 }
 
+# state: of the request; GONE where there is none, UNKNOWN where nobody answers.
 state() {
-  "${TPU[@]}" queued-resources describe "$opt_name" "${place[@]}" --format='value(state.state)' 2>/dev/null || echo GONE
+  local said
+  if said=$("${TPU[@]}" queued-resources describe "$opt_name" "${place[@]}" --format='value(state.state)' 2>&1); then
+    tail -n 1 <<<"$said"
+  elif [[ $said == *NOT_FOUND* ]]; then
+    echo GONE
+  else
+    echo UNKNOWN
+  fi
 }
 
 create() {
@@ -200,7 +208,7 @@ need zone
 matches slices '[1-9][0-9]*' 'a number from 1 on'
 matches every '[0-9]+' 'seconds'
 matches attempts '[0-9]+' 'a number'
-matches bucket 'gs://[^/].*[^/]' 'gs://BUCKET or gs://BUCKET/FOLDER, without a slash at the end'
+matches bucket 'gs://([^/]+/)*[^/]+' 'gs://BUCKET or gs://BUCKET/FOLDER, without a slash at the end'
 not_both spot reserved
 place=(--zone="$opt_zone")
 [[ -z $opt_project ]] || place+=(--project="$opt_project")
