@@ -187,7 +187,8 @@ def machines(tmp_path):
     rmft = tmp_path / "rmft"
     rmft.write_text(f'#!/bin/sh\nexec "{sys.executable}" -c "from rmft_jax.cli import main; main()" "$@"\n')
     told = {"STUB": str(tmp_path), "STUB_RMFT": str(rmft), "PYTHONPATH": str(ROOT)}
-    told["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    told |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/programs"}
+    told |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
     yield tmp_path, lambda script, *words, **more: call(script, *words, path=bin, **told, **more)
     for pid in [*tmp_path.glob("workers/*/rmft/*.pid"), *tmp_path.glob("*.pid")]:
         subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], capture_output=True)
@@ -208,15 +209,15 @@ def wait_for(sign, seconds=100):
 def test_a_tpu_is_created_trains_is_preempted_goes_on_and_is_deleted(machines, tiny, tmp_path):
     """All by the scripts, with the real `rmft train` on the machine that the stub plays."""
     folder, do = machines
-    config = tiny("name=cycle", "training.steps=60", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=5",
-                  f"data={tiny().data_dir}", f"out={tmp_path / 'shared'}")  # fmt: skip
+    config = tiny("name=cycle", "training.steps=300", "training.log_every=1", "checkpoint.count=1", "model.layers=1",
+                  "checkpoint.every_steps=20", f"data={tiny().data_dir}", f"out={tmp_path / 'shared'}")  # fmt: skip
     (path := tmp_path / "config.yaml").write_text(to_yaml(config))
     where = ["--name", "pod", "--zone", "z", "--type", "v5litepod-4", "--spot", "--bucket", "gs://b", "--every", "0"]
     settings = ["--", str(path), f"out={tmp_path / 'shared'}"]
     for verb in (["create", *where], ["setup", *where], ["launch", *where, "--no-xla-flags", *settings]):
         done = do("tpu.sh", *verb)
         assert done.returncode == 0, done.stderr
-    wait_for(lambda: any(config.run_dir.glob("checkpoints/[0-9]*")))
+    wait_for(lambda: any(path.name.isdigit() for path in config.run_dir.glob("checkpoints/*")))
     worker = folder / "workers/pod-0/rmft"
     pid = (worker / "train.pid").read_text().strip()
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)  # the machine is taken away
@@ -229,7 +230,7 @@ def test_a_tpu_is_created_trains_is_preempted_goes_on_and_is_deleted(machines, t
     assert re.search(r"^pod \S+: +going on from step \d+$", said, re.MULTILINE), said
     assert "training ended with exit code 0" in said
     records = [json.loads(line)["step"] for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert records == list(range(1, 61))
+    assert records == list(range(1, 301))
     (folder / "objects/b/pod").mkdir()
     (folder / "objects/b/pod/result").write_text("42")
     assert do("tpu.sh", "sync", *where, "--to", str(tmp_path / "copy")).returncode == 0

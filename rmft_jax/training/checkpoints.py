@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +24,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import disk_fault
 from rmft_jax.kernels import fingerprint
 from rmft_jax.models.lora import merge, with_adapters
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
 # orbax reports on itself at length; what matters of it reaches the user as an exception
@@ -155,8 +155,7 @@ class Checkpoints:
                 aside.parent.mkdir(exist_ok=True)
                 where.rename(aside)
         if refused:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            barrier("damaged checkpoints are set aside")
             self._manager.reload()
         return found
 

@@ -24,6 +24,7 @@ from rmft_jax.errors import Preempted, UserError
 from rmft_jax.files import read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say, track
 from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
@@ -95,6 +96,7 @@ def train(config: Config) -> Path:
         say(f"{directory}: already trained, {done[-1]} steps{early}")
         checkpoints.close()
         return directory
+    barrier("data are loaded")  # what comes now, all processes do together
     found = checkpoints.restore_newest(abstract(shapes, shardings))
     if found:
         state = found[1]
