@@ -111,8 +111,8 @@ def test_a_half_told_start_is_refused(monkeypatch, told):
 @pytest.fixture(scope="module")
 def quartet(tiny, tmp_path_factory):
     """Return the settings of a run of 4 processes, and the losses of one process with 4 devices."""
-    settings = ["training.steps=40", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=8", "model.layers=1",
-                "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
+    settings = ["training.steps=40", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=8",
+                "model.layers=1", "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
     config, folder = tiny("name=quartet_alone", *settings), tmp_path_factory.mktemp("quartet")
     (path := folder / "config.yaml").write_text(to_yaml(config))
     alone = start(path, devices=4)

@@ -30,6 +30,7 @@ from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.fitting import check_fit
+from rmft_jax.training.goodput import Goodput, describe_goodput
 from rmft_jax.training.masking import masked_share
 from rmft_jax.training.memory import describe_memory, estimate, inputs_of
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
@@ -43,6 +44,7 @@ from rmft_jax.training.tracker_log import TrackerLog
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
+_STALL_SECONDS, _WARN_EVERY = 5, 600  # the shortest time that is judged, between two warnings
 _FREE = ("out", "data", "audit", "checkpoint", "mesh", "study")  # sections that may change between a run and its resumption
 
 
@@ -78,6 +80,7 @@ def train(config: Config) -> Path:
     directory = config.run_dir
     if is_main():
         _claim(directory, config)
+    goodput = Goodput(directory / "goodput.json")
     config = resolved
     keep_programs()
 
@@ -97,7 +100,8 @@ def train(config: Config) -> Path:
         checkpoints.close()
         return directory
     barrier("data are loaded")  # what comes now, all processes do together
-    found = checkpoints.restore_newest(abstract(shapes, shardings))
+    with goodput.of("checkpoint"):
+        found = checkpoints.restore_newest(abstract(shapes, shardings))
     if found:
         state = found[1]
     else:
@@ -112,9 +116,12 @@ def train(config: Config) -> Path:
     try:
         with Peers(peer_timeout()) as peers, Preemption() as preemption:
             _run(config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory,
-                 peers, preemption)  # fmt: skip
+                 peers, preemption, goodput)  # fmt: skip
     finally:
-        checkpoints.close()
+        with goodput.of("checkpoint"):
+            checkpoints.close()
+        goodput.write()
+    say(describe_goodput(goodput.summary))
     return directory
 
 
@@ -141,7 +148,7 @@ def make_plan(config: Config, blocks: int) -> Plan:
 
 def _run(
     config, plan, mesh, state, shapes, optimizer, prepared, blocks, heldout, accountant, checkpoints, directory, peers,
-    preemption,
+    preemption, goodput,
 ) -> None:  # fmt: skip
     """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
     most, every = config.training.steps_per_dispatch, config.checkpoint.every_steps
@@ -151,20 +158,24 @@ def _run(
     begin = int(state["step"])
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed, start=begin, **local)
-    log = MetricsLog(directory, plan, config, begin, flops=_flops(config, prepared, mesh))
+    log = MetricsLog(directory, plan, config, begin, goodput, flops=_flops(config, prepared, mesh))
     memory = None
     if config.tracker.enabled:
         memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"])
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
-    title = f"train {config.run_name}"
+    title, compiled = f"train {config.run_name}", set()
+    goodput.begin(begin)
     for step, count in track(work, title, plan.steps, done=begin, status=log.status, size=lambda item: item[1]):
+        handing_over = time.monotonic()
         with log.waiting():
             batch = put([next(source) for _ in range(count)], mesh)
-        with profile.of(step):
+        with profile.of(step), goodput.of("step" if count in compiled else "compile"):
             state, metrics = step_fns[count](state, batch, bank)
-        peers.advance()
+            compiled.add(count)
+        peers.advance(time.monotonic() - handing_over)
+        goodput.reach(step)
         if accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": accountant.epsilon(step)}
         if memory:
@@ -174,21 +185,24 @@ def _run(
             memory.flush()
         if step in plan.checkpoint_steps:
             log.flush()
-            scores = evaluate(
-                eval_step, model_of(state), heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
-            )
+            with goodput.of("evaluation"):
+                scores = evaluate(
+                    eval_step, model_of(state), heldout, batch_size=config.training.batch_size, sharding=batch_sharding(mesh)
+                )
             seen = int(np.ravel(metrics["seen"])[-1])
             stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
             log.scores(step, scores)
             if stop and is_main():
                 write_json(directory / "run.json", _describe(config, plan, shapes, blocks, accountant, stop))
-            checkpoints.save(state)
+            with goodput.of("checkpoint"):
+                checkpoints.save(state)
             if stop and stop["stopped"]:
                 say(f"stopped at step {step} of {plan.steps}; held-out perplexity was best at step {stop['best_step']}")
                 break
         elif step in stops:
             log.flush()
-            checkpoints.save(state)
+            with goodput.of("checkpoint"):
+                checkpoints.save(state)
         if preemption.notified() and step < plan.steps:
             log.flush()
             if step not in stops:
@@ -261,13 +275,17 @@ class MetricsLog:
 
     Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
     input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
-    more); mfu, operations a second by `flops_per_token` / peak of the devices, None where the peak is not known.
+    more), with a warning where it is a quarter; goodput_pct, of the whole run until then; mfu, operations a second by
+    `flops_per_token` / peak of the devices, None where the peak is not known.
     """
 
-    def __init__(self, directory: Path, plan: Plan, config: Config, begin: int, *, flops: tuple[int, float | None]):
+    def __init__(
+        self, directory: Path, plan: Plan, config: Config, begin: int, goodput: Goodput, *, flops: tuple[int, float | None]
+    ):
         """flops: operations of a step, peak of all devices in operations a second."""
         self._path, self._every, self._plan = directory / "metrics.jsonl", config.training.log_every, plan
         self._tokens, self._flops = config.training.batch_size * config.training.sequence_length, flops
+        self._goodput, self._warned = goodput, -math.inf
         self._board = None
         if is_main():
             import tensorboardX
@@ -296,7 +314,8 @@ class MetricsLog:
     def waiting(self) -> Iterator[None]:
         """Count the time spent within as waiting for data."""
         begin = time.monotonic()
-        yield
+        with self._goodput.of("input"):
+            yield
         self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
@@ -335,6 +354,8 @@ class MetricsLog:
             operations, peak = self._flops
             self._rate = steps * self._tokens / seconds
             values["input_wait_pct"] = 100 * min(1.0, self._waited / seconds)
+            values["goodput_pct"] = self._goodput.pct
+            self._warn_of_input(self._waited, seconds, now)
             values["mfu"] = steps * operations / seconds / peak if peak else math.nan
         self._since, self._clock, self._waited, self._loss = step, now, 0.0, values["loss"]
         if not self._board:
@@ -346,6 +367,13 @@ class MetricsLog:
         for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(f"train/{name}", value, step)
+
+
+    def _warn_of_input(self, waited: float, seconds: float, now: float) -> None:
+        if seconds >= _STALL_SECONDS and waited > seconds / 4 and now - self._warned > _WARN_EVERY:
+            self._warned = now
+            say(f"warning: input holds the devices up: this host waited for data for {waited:.0f} of the last {seconds:.0f} s; "
+                f"give it more cores or less else to do", always=True)  # fmt: skip
 
 
 def _evaluations(directory: Path) -> list[dict]:
