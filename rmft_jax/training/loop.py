@@ -372,7 +372,7 @@ class MetricsLog:
     def _warn_of_input(self, waited: float, seconds: float, now: float) -> None:
         if seconds >= _STALL_SECONDS and waited > seconds / 4 and now - self._warned > _WARN_EVERY:
             self._warned = now
-            say(f"warning: input holds the devices up: this host waited for data for {waited:.0f} of the last {seconds:.0f} s; "
+            say(f"warning: input holds the devices up: this host waited for data {waited:.0f} of {seconds:.0f} s; "
                 f"give it more cores or less else to do", always=True)  # fmt: skip
 
 
