@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from rmft_jax.errors import PeersMissing, Preempted, UserError
 from rmft_jax.files import disk_fault
+from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
@@ -304,7 +305,7 @@ def convert_export(
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into run directories and key=value overrides."""
     overrides = [item for item in arguments if "=" in item and not Path(item).exists()]
-    paths = [Path(item) for item in arguments if item not in overrides]
+    paths = [as_path(item) for item in arguments if item not in overrides]
     if not paths:
         raise UserError("no run was named: give at least one run directory")
     return paths, overrides

@@ -24,6 +24,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import disk_fault
 from rmft_jax.kernels import fingerprint
 from rmft_jax.models.lora import merge, with_adapters
+from rmft_jax.paths import is_remote
 from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
@@ -63,11 +64,12 @@ class Checkpoints:
         self.directory = directory
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            directory if is_remote(directory) else directory.absolute(),
             item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS}
             | {"fingerprints": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+                atomicity_options=_atomicity(directory),
             ),
         )
 
@@ -151,9 +153,7 @@ class Checkpoints:
             where = self.directory / str(step)
             say(f"checkpoint {where} is damaged ({why}): set aside as {aside}, going on from {going_on}")
             if is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                where.rename(aside)
+                _set_aside(where, aside)
         if refused:
             barrier("damaged checkpoints are set aside")
             self._manager.reload()
@@ -209,6 +209,20 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)}: {name} has {found}, the config needs {list(wanted)}: "
                     f"use the model.* and tokenizer.* it was trained with"
                 )
+
+
+def _atomicity(directory: Path):
+    """Return how a checkpoint becomes whole: in a store by a file that says so, since a renamed folder is a copied one."""
+    import orbax.checkpoint as ocp
+
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE) if is_remote(directory) else None
+
+
+def _set_aside(where: Path, aside: Path) -> None:
+    if aside.exists():
+        aside.rmtree() if is_remote(aside) else shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    where.rename(aside)
 
 
 def abstract(state: dict, shardings: dict) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -21,9 +20,10 @@ from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.devices import device_memory, is_main, keep_programs, peak_flops
 from rmft_jax.errors import Preempted, UserError
-from rmft_jax.files import read_json, read_lines, write_json, write_text
+from rmft_jax.files import LineFile, read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.paths import as_path, is_remote
 from rmft_jax.processes import barrier
 from rmft_jax.progress import say, track
 from rmft_jax.training.attention import choose_attention
@@ -287,11 +287,13 @@ class MetricsLog:
         self._tokens, self._flops = config.training.batch_size * config.training.sequence_length, flops
         self._goodput, self._warned = goodput, -math.inf
         self._board = None
+        self._file = None
         if is_main():
+            kept = [record for record in read_lines(self._path) if record["step"] <= begin]
+            self._file = LineFile(self._path, kept)
+        if is_main() and not is_remote(directory):  # whose files cannot grow
             import tensorboardX
 
-            kept = [record for record in read_lines(self._path) if record["step"] <= begin]
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
@@ -309,6 +311,8 @@ class MetricsLog:
             step, _, metrics = self._pending
             self._write(step, {name: np.ravel(value)[-1] for name, value in metrics.items()})
             self._pending = None
+        if self._file:
+            self._file.flush()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -358,14 +362,13 @@ class MetricsLog:
             self._warn_of_input(self._waited, seconds, now)
             values["mfu"] = steps * operations / seconds / peak if peak else math.nan
         self._since, self._clock, self._waited, self._loss = step, now, 0.0, values["loss"]
-        if not self._board:
+        if not self._file:
             return
         record = {"step": step, "epoch": step / self._plan.steps_per_epoch, **values, "tokens_per_second": self._rate}
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._file.add(record)
         for name, value in values.items():
-            if math.isfinite(value):
+            if self._board and math.isfinite(value):
                 self._board.add_scalar(f"train/{name}", value, step)
 
 
@@ -436,7 +439,7 @@ def _claim(directory: Path, config: Config) -> None:
 def _initial_params(config: Config, prepared: Prepared) -> dict:
     from rmft_jax.models.gpt import init_params
 
-    checkpoints, step = Checkpoints.open(Path(config.training.init_from))
+    checkpoints, step = Checkpoints.open(as_path(config.training.init_from))
     key = jax.random.key(0)
     target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
