@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from rmft_jax.errors import Preempted, UserError
+from rmft_jax.errors import PeersMissing, Preempted, UserError
 from rmft_jax.files import disk_fault
+from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
@@ -102,7 +103,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from rmft_jax.config import load_config
 
     settings = load_config(config, overrides or [])
-    from rmft_jax.devices import is_main, join_processes, use_cores
+    from rmft_jax.devices import is_main, use_cores
+    from rmft_jax.processes import join_processes
     from rmft_jax.training.loop import train
 
     use_cores(settings)
@@ -321,7 +323,7 @@ def convert_export(
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into run directories and key=value overrides."""
     overrides = [item for item in arguments if "=" in item and not Path(item).exists()]
-    paths = [Path(item) for item in arguments if item not in overrides]
+    paths = [as_path(item) for item in arguments if item not in overrides]
     if not paths:
         raise UserError("no run was named: give at least one run directory")
     return paths, overrides
@@ -409,7 +411,8 @@ def _use_large_pages() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit code 2 for a mistake the user can mend, 143 after SIGTERM, 130 after Ctrl-C, 1 for a fault of ours (a traceback).
+    Exit code 2 for a mistake the user can mend, 75 where processes of the run are missing, 143 after SIGTERM, 130 after
+    Ctrl-C, 1 for a fault of ours (a traceback).
     """
     _use_large_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -421,6 +424,8 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail(str(error))
+    except PeersMissing as error:
+        _fail(f"{error}: start all of them again", code=75)
     except TyperException as error:  # an unknown option, a missing argument
         _fail(f"{error.format_message()} (see rmft {' '.join(sys.argv[1:2])} --help)")
     except Preempted as notice:
@@ -452,9 +457,9 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import yaml
 
 from rmft_jax.errors import UserError
 from rmft_jax.includes import merge, read_includes, read_tree
+from rmft_jax.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -646,7 +647,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`).
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs:// or s3://.
 
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.
@@ -692,12 +693,12 @@ class Config:
     @property
     def data_dir(self) -> Path:
         """Return the directory of the prepared data."""
-        return Path(self.data) if self.data else Path(self.out) / "data"
+        return as_path(self.data) if self.data else as_path(self.out) / "data"
 
     @property
     def run_dir(self) -> Path:
         """Return the run's directory."""
-        return Path(self.out) / "runs" / self.run_name
+        return as_path(self.out) / "runs" / self.run_name
 
 
 def _masked_by(config: Config) -> set[str]:
@@ -999,7 +1000,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     current folder, its keys give way to all others.
     Raises UserError with one line for the first thing that is wrong: the file, an unknown key, a type, a rule.
     """
-    tree, files = read_tree(Path(path)) if path is not None else ({}, [])
+    tree, files = read_tree(as_path(path)) if path is not None else ({}, [])
     for override in reversed(overrides):
         if override.partition("=")[0].strip() == "include":
             below, more = read_includes(_value(override.partition("=")[2]), Path())

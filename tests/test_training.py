@@ -160,7 +160,7 @@ def test_a_resumed_run_is_bit_identical(tiny, tmp_path, monkeypatch):
     assert step_a == step_b == 24
     for item in ("params", "optimizer", "progress"):
         assert same_tree(a[item], b[item]), item
-    timed = ("tokens_per_second", "input_wait_pct")
+    timed = ("tokens_per_second", "input_wait_pct", "goodput_pct")
 
     def keep(path):
         records = map(json.loads, path.read_text().splitlines())

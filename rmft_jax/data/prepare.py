@@ -22,6 +22,7 @@ from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
+from rmft_jax.paths import local_copy
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.spans import Span
@@ -78,11 +79,12 @@ def prepare(config: Config) -> dict:
 
 def load_prepared(config: Config) -> Prepared:
     """Load what `prepare` left. Raises UserError when it is missing or was made with other settings than `config`."""
-    directory = config.data_dir
+    directory = local_copy(config.data_dir)
     manifest = _manifest(directory)
     changed = _changed(manifest, config)
     if changed:
-        raise UserError(f"{directory} was prepared with another {changed}: use the same value, or prepare another out=")
+        where = config.data_dir
+        raise UserError(f"{where} was prepared with another {changed}: use the same value, or prepare another out=")
     mend = "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     return Prepared(

@@ -299,9 +299,18 @@ def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
         "steps": about["steps"],
         "epochs": about["epochs"],
         "training_tokens": about["training_tokens"],
+        **_describe_time(run),
         "mean": mean_tree([entry["prompts"] for entry in checkpoints]),
         "checkpoints": checkpoints,
     }
+
+
+def _describe_time(run: Path) -> dict:
+    path = run / "goodput.json"
+    if not path.exists():  # of an earlier version
+        return {}
+    found = read_json(path, "goodput", "delete it")
+    return {"goodput": {name: found[name] for name in ("goodput_pct", "total_seconds", "restarts", "lost_steps", "seconds")}}
 
 
 def _describe_method(method: str) -> str:

@@ -29,6 +29,8 @@ from rmft_jax.errors import UserError
 from rmft_jax.files import disk_fault
 from rmft_jax.kernels import fingerprint
 from rmft_jax.models.lora import merge, with_adapters
+from rmft_jax.paths import is_remote
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
 # orbax reports on itself at length; what matters of it reaches the user as an exception
@@ -101,11 +103,12 @@ class Checkpoints:
         self.directory = directory
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            directory if is_remote(directory) else directory.absolute(),
             item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS}
             | {item: ocp.JsonCheckpointHandler() for item in ("fingerprints", "about")},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+                atomicity_options=_atomicity(directory),
             ),
         )
 
@@ -149,14 +152,14 @@ class Checkpoints:
         """
         items = items or [item for item, names in ITEMS.items() if names[0] in target]
         schema = self._schema(step)
-        added = {item: [name for name, since in names.items() if schema < since] for item, names in _ADDED.items()}
-        trees = {item: {name: target[name] for name in ITEMS[item]} for item in items}
-        for item in trees.keys() & added.keys():
-            trees[item] = {item: {name: x for name, x in trees[item][item].items() if name not in added[item]}}
-        restore = self._ocp.args.StandardRestore
-        args = {item: restore(tree) for item, tree in trees.items()}
+        trees, added = {item: {name: target[name] for name in ITEMS[item]} for item in items}, {}
         try:
             saved = self._manager.item_metadata(step)
+            for item in trees.keys() & _ADDED.keys():
+                has = saved[item].tree[item] if saved[item] else ()
+                added[item] = [name for name, since in _ADDED[item].items() if schema < since and name not in has]
+                trees[item] = {item: {name: x for name, x in trees[item][item].items() if name not in added[item]}}
+            args = {item: self._ocp.args.StandardRestore(tree) for item, tree in trees.items()}
             for item, tree in trees.items():
                 self._check_shapes(step, item, tree, saved[item])
             if (self.directory / str(step) / "fingerprints").exists():  # not in those of earlier versions
@@ -171,7 +174,7 @@ class Checkpoints:
             then, now = restored["fingerprints"], _fingerprints(state)
             if changed := next((name for name in now if then.get(name) != now[name]), None):
                 raise self._damaged(step, f"{changed} is not what was saved")
-        for item in trees.keys() & added.keys():
+        for item in added:
             state[item] |= {name: _zeros(target[item][name]) for name in added[item]}
         return state
 
@@ -214,12 +217,9 @@ class Checkpoints:
             where = self.directory / str(step)
             say(f"checkpoint {where} is damaged ({why}): set aside as {aside}, going on from {going_on}")
             if is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                where.rename(aside)
+                _set_aside(where, aside)
         if refused:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            barrier("damaged checkpoints are set aside")
             self._manager.reload()
         return found
 
@@ -273,6 +273,20 @@ class Checkpoints:
                     f"checkpoint {self.directory / str(step)}: {name} has {found}, the config needs {list(wanted)}: "
                     f"use the model.* and tokenizer.* it was trained with"
                 )
+
+
+def _atomicity(directory: Path):
+    """Return how a checkpoint becomes whole: in a store by a file that says so, since a renamed folder is a copied one."""
+    import orbax.checkpoint as ocp
+
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE) if is_remote(directory) else None
+
+
+def _set_aside(where: Path, aside: Path) -> None:
+    if aside.exists():
+        aside.rmtree() if is_remote(aside) else shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    where.rename(aside)
 
 
 def abstract(state: dict, shardings: dict) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from rmft_jax.config import Config
 from rmft_jax.data.loader import examples_of
 from rmft_jax.devices import is_main
-from rmft_jax.files import read_lines, write_text
+from rmft_jax.files import LineFile, read_lines
 
 FILE = "skipped.jsonl"
 
@@ -24,8 +23,7 @@ class LeftOut:
         self._order = {"batch_size": config.training.batch_size, "seed": config.seed}
         kept = [record for record in read_lines(self._path) if record["step"] <= begin]
         self._known = max([begin, *(record["step"] for record in kept)])
-        if is_main() and self._path.exists():
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = LineFile(self._path, kept) if is_main() and self._path.exists() else None
 
     def add(self, steps: np.ndarray) -> None:
         """Note those of some steps that are not yet. steps: numbers from 1, in any order; 0 is none."""
@@ -35,8 +33,8 @@ class LeftOut:
         self._known = new[-1]
         if not is_main():
             return
-        with self._path.open("a", encoding="utf-8") as file:
-            for step in new:
-                pairs = examples_of(self._blocks, step=step, **self._order)
-                record = {"step": step, "epoch": pairs[0][1], "blocks": [block for block, _ in pairs]}
-                file.write(json.dumps(record) + "\n")
+        self._file = self._file or LineFile(self._path)
+        for step in new:
+            pairs = examples_of(self._blocks, step=step, **self._order)
+            self._file.add({"step": step, "epoch": pairs[0][1], "blocks": [block for block, _ in pairs]})
+        self._file.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -14,15 +13,17 @@ import numpy as np
 
 from rmft_jax.config import Config, load_config, to_dict, to_yaml
 from rmft_jax.data.loader import batches
-from rmft_jax.data.prepare import Prepared
 from rmft_jax.devices import is_main, keep_programs, peak_flops
 from rmft_jax.errors import Preempted, UserError
-from rmft_jax.files import read_json, read_lines, write_json, write_text
+from rmft_jax.files import LineFile, read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.paths import is_remote
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, Clock
 from rmft_jax.training.evaluation import early_stopping, evaluate
+from rmft_jax.training.goodput import Goodput, describe_goodput
 from rmft_jax.training.left_out import LeftOut
 from rmft_jax.training.mesh import batch_sharding, replicated
 from rmft_jax.training.peers import Peers, peer_timeout
@@ -33,6 +34,7 @@ from rmft_jax.training.tracker_log import TrackerLog
 
 SCHEMA = 1
 _GIVE_UP = 20  # steps left out in a row
+_STALL_SECONDS, _WARN_EVERY = 5, 600  # the shortest time that is judged, between two warnings
 _FREE = ("out", "data", "audit", "checkpoint", "mesh", "study")  # sections that may change between a run and its resumption
 
 
@@ -49,6 +51,7 @@ def train(config: Config) -> Path:
     run, directory = set_up(config), config.run_dir
     if is_main():
         _claim(directory, config)
+    goodput = Goodput(directory / "goodput.json")
     config, plan = run.config, run.plan
     keep_programs()
     kept = {"keep_last": config.checkpoint.keep_last, "keep_hours": config.checkpoint.keep_hours}
@@ -60,20 +63,27 @@ def train(config: Config) -> Path:
         say(f"{directory}: already trained, {done[-1]} steps{early}")
         checkpoints.close()
         return directory
-    found = checkpoints.restore_newest(run.target)
+    barrier("data are loaded")  # what comes now, all processes do together
+    with goodput.of("checkpoint"):
+        found = checkpoints.restore_newest(run.target)
     state = found[1] if found else run.begin()
     say(describe(run, state) + (f"\n  going on from step {found[0]}" if found else ""))
     if is_main():
         write_json(directory / "run.json", _describe(run))
     try:
         with Peers(peer_timeout()) as peers, Preemption() as preemption:
-            _run(run, state, checkpoints, directory, peers, preemption)
+            _run(run, state, checkpoints, directory, peers, preemption, goodput)
     finally:
-        checkpoints.close()
+        with goodput.of("checkpoint"):
+            checkpoints.close()
+        goodput.write()
+    say(describe_goodput(goodput.summary))
     return directory
 
 
-def _run(run: Run, state: dict, checkpoints: Checkpoints, directory: Path, peers: Peers, preemption: Preemption) -> None:
+def _run(
+    run: Run, state: dict, checkpoints: Checkpoints, directory: Path, peers: Peers, preemption: Preemption, goodput: Goodput
+) -> None:
     """Take the steps. Metrics of a step are read after the next one is dispatched, so that the device never waits."""
     config, plan, mesh, blocks = run.config, run.plan, run.mesh, run.blocks
     most, every = config.training.steps_per_dispatch, config.checkpoint.every_steps
@@ -85,7 +95,7 @@ def _run(run: Run, state: dict, checkpoints: Checkpoints, directory: Path, peers
     batch_size = config.training.batch_size
     source = batches(blocks, batch_size=batch_size, seed=config.seed, start=begin, **local)
     left_out = LeftOut(directory, config, len(blocks), begin)
-    log = MetricsLog(directory, plan, config, begin, flops=_flops(config, run.prepared, mesh), left_out=left_out)
+    log = MetricsLog(directory, run, begin, goodput, left_out)
     clock = Clock(config.checkpoint.every_minutes, config.training.log_every)
     memory = None
     if config.tracker.enabled:
@@ -93,13 +103,17 @@ def _run(run: Run, state: dict, checkpoints: Checkpoints, directory: Path, peers
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
-    title = f"train {config.run_name}"
+    title, compiled = f"train {config.run_name}", set()
+    goodput.begin(begin)
     for step, count in track(work, title, plan.steps, done=begin, status=log.status, size=lambda item: item[1]):
+        handing_over = time.monotonic()
         with log.waiting():
             batch = put([next(source) for _ in range(count)], mesh)
-        with profile.of(step):
+        with profile.of(step), goodput.of("step" if count in compiled else "compile"):
             state, metrics = step_fns[count](state, batch, bank)
-        peers.advance()
+            compiled.add(count)
+        peers.advance(time.monotonic() - handing_over)
+        goodput.reach(step)
         if run.accountant and step in plan.checkpoint_steps:
             metrics |= {"epsilon": run.accountant.epsilon(step)}
         if memory:
@@ -112,14 +126,17 @@ def _run(run: Run, state: dict, checkpoints: Checkpoints, directory: Path, peers
             if memory:
                 memory.flush()
         if step in plan.checkpoint_steps:
-            scores = evaluate(eval_step, model_of(state), run.heldout, batch_size=batch_size, sharding=batch_sharding(mesh))
+            with goodput.of("evaluation"):
+                model, sharding = model_of(state), batch_sharding(mesh)
+                scores = evaluate(eval_step, model, run.heldout, batch_size=batch_size, sharding=sharding)
             seen = int(np.ravel(metrics["seen"])[-1])
             stop = _add_evaluation(directory, plan, step, scores, seen, config.training.early_stopping)
             log.scores(step, scores)
             if stop and is_main():
                 write_json(directory / "run.json", _describe(run, stop))
         if save:
-            checkpoints.save(state)
+            with goodput.of("checkpoint"):
+                checkpoints.save(state)
             clock.saved()
         if stop and stop["stopped"]:
             say(f"stopped at step {step} of {plan.steps}; held-out perplexity was best at step {stop['best_step']}")
@@ -150,12 +167,12 @@ def put(batches: list[TaggedBatch], mesh) -> TaggedBatch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
-def _flops(config: Config, prepared: Prepared, mesh) -> tuple[int, float | None]:
+def _flops(run: Run) -> tuple[int, float | None]:
     """Return the operations of a step, and the peak of all devices in operations a second, None where it is not known."""
-    training, peak = config.training, peak_flops()
+    training, peak = run.config.training, peak_flops()
     tokens = training.batch_size * training.sequence_length
-    flops = flops_per_token(config.model, prepared.tokenizer.vocab_size, training.sequence_length, config.lora)
-    return tokens * flops, peak and peak * mesh.size
+    flops = flops_per_token(run.config.model, run.prepared.tokenizer.vocab_size, training.sequence_length, run.config.lora)
+    return tokens * flops, peak and peak * run.mesh.size
 
 
 class Profile:
@@ -191,23 +208,24 @@ class MetricsLog:
 
     Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
     input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
-    more); mfu, operations a second by `flops_per_token` / peak of the devices, None where the peak is not known.
+    more), with a warning where it is a quarter; goodput_pct, of the whole run until then; mfu, operations a second by
+    `flops_per_token` / peak of the devices, None where the peak is not known.
     """
 
-    def __init__(
-        self, directory: Path, plan: Plan, config: Config, begin: int, *, flops: tuple[int, float | None], left_out: LeftOut
-    ):
-        """flops: operations of a step, peak of all devices in operations a second. left_out: where steps that did not count
-        are noted."""
-        self._left_out = left_out
-        self._path, self._every, self._plan = directory / "metrics.jsonl", config.training.log_every, plan
-        self._tokens, self._flops = config.training.batch_size * config.training.sequence_length, flops
+    def __init__(self, directory: Path, run: Run, begin: int, goodput: Goodput, left_out: LeftOut):
+        """left_out: where steps that did not count are noted."""
+        training, self._left_out = run.config.training, left_out
+        self._path, self._every, self._plan = directory / "metrics.jsonl", training.log_every, run.plan
+        self._tokens, self._flops = training.batch_size * training.sequence_length, _flops(run)
+        self._goodput, self._warned = goodput, -math.inf
         self._board = None
+        self._file = None
         if is_main():
+            kept = [record for record in read_lines(self._path) if record["step"] <= begin]
+            self._file = LineFile(self._path, kept)
+        if is_main() and not is_remote(directory):  # whose files cannot grow
             import tensorboardX
 
-            kept = [record for record in read_lines(self._path) if record["step"] <= begin]
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
@@ -225,12 +243,15 @@ class MetricsLog:
             step, count, metrics = self._pending
             self._write(step, _of_step(metrics, count, count - 1))
             self._pending = None
+        if self._file:
+            self._file.flush()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time spent within as waiting for data."""
         begin = time.monotonic()
-        yield
+        with self._goodput.of("input"):
+            yield
         self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
@@ -271,17 +292,25 @@ class MetricsLog:
             operations, peak = self._flops
             self._rate = steps * self._tokens / seconds
             values["input_wait_pct"] = 100 * min(1.0, self._waited / seconds)
+            values["goodput_pct"] = self._goodput.pct
+            self._warn_of_input(self._waited, seconds, now)
             values["mfu"] = steps * operations / seconds / peak if peak else math.nan
         self._since, self._clock, self._waited, self._loss = step, now, 0.0, values["loss"]
-        if not self._board:
+        if not self._file:
             return
         record = {"step": step, "epoch": step / self._plan.steps_per_epoch, **values, "tokens_per_second": self._rate}
         record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._file.add(record)
         for name, value in values.items():
-            if math.isfinite(value):
+            if self._board and math.isfinite(value):
                 self._board.add_scalar(f"train/{name}", value, step)
+
+
+    def _warn_of_input(self, waited: float, seconds: float, now: float) -> None:
+        if seconds >= _STALL_SECONDS and waited > seconds / 4 and now - self._warned > _WARN_EVERY:
+            self._warned = now
+            say(f"warning: input holds the devices up: this host waited for data {waited:.0f} of {seconds:.0f} s; "
+                f"give it more cores or less else to do", always=True)  # fmt: skip
 
 
 def _of_step(metrics: dict, count: int, place: int) -> dict:

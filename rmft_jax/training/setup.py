@@ -17,6 +17,7 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.devices import device_memory, peak_flops
 from rmft_jax.errors import UserError
 from rmft_jax.models.gpt import count_params, flops_per_token, init_params
+from rmft_jax.paths import as_path
 from rmft_jax.training.attention import choose_attention
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.fitting import check_fit
@@ -132,7 +133,7 @@ def make_plan(config: Config, blocks: int) -> Plan:
 
 
 def _initial_params(config: Config, prepared: Prepared) -> dict:
-    checkpoints, step = Checkpoints.open(Path(config.training.init_from))
+    checkpoints, step = Checkpoints.open(as_path(config.training.init_from))
     key = jax.random.key(0)
     target = jax.eval_shape(lambda: init_params(config.model, prepared.tokenizer.vocab_size, key))
     host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
