@@ -30,6 +30,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 
 @app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="Your text: JSON lines, CSV, Parquet, text, an mbox, a folder of mail.")],
+    to: Annotated[Path | None, typer.Option(help="The config to write [default: the data's name, .yaml].")] = None,
+    out: Annotated[str, typer.Option(help="Directory of the experiment [default: runs/ and the data's name].")] = "",
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long one training may take on this machine.")] = 15.0,
+    as_json: Json = False,
+) -> None:
+    """Look at a sample of your text and at this machine, and write a commented config for both."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.suggest import config_name, describe, suggest_config, write_config
+
+    path = to or Path(config_name(str(data)))
+    use_cores()
+    found = suggest_config(str(data), minutes=minutes, out=out, name=str(path))
+    write_config(found, path)
+    print(json.dumps({key: value for key, value in found.items() if key != "yaml"}) if as_json else describe(found))
+    print(f"wrote {path}, which says what to do next", file=sys.stderr)
+
+
+@app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Turn text into a tagged data set: PII found and ranked, text tokenised."""
     from rmft_jax.config import load_config
@@ -186,6 +206,19 @@ def report(
     print(write_report(results, directory / "report.html"))
     for path in write_charts(results, charts) if charts else ():
         print(path)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and installation can do, what is missing, and how to get it."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.doctor import describe, diagnose
+
+    use_cores()
+    found = diagnose()
+    print(json.dumps(found) if as_json else describe(found))
+    if broken := [check for check in found["checks"] if check["status"] == "broken"]:
+        raise UserError(f"{broken[0]['name']} is broken ({broken[0]['detail']}): {broken[0]['mend']}")
 
 
 @app.command()
