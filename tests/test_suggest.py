@@ -140,7 +140,7 @@ def test_documents_of_large_files_are_estimated(tmp_path, monkeypatch):
 @pytest.mark.parametrize("content, says", [
     (None, "does not exist: name a file or a folder"), (b"", "is empty"), (b"\x1f\x8b\x08\0torn", "cannot be read"),
     (b'{"n": 1}\n', "no field with text"), (b"\x89PNG\r\n\0\0", "neither text nor a format known here"),
-    (b"one document alone", "held-out")])  # fmt: skip
+    (b"one document alone", "has no training documents")])  # fmt: skip
 def test_bad_data_are_one_line(content, says, tmp_path, capsys):
     path = tmp_path / ("a.jsonl.gz" if content and content[0] == 0x1F else "a.txt")
     if content is not None:
