@@ -193,19 +193,29 @@ def compare(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A directory with results.json.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories with results.json; each gets its report.")],
+    model_card: Annotated[bool, typer.Option("--model-card", help="model_card.md too: a section for a model card.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Tables in Parquet too.")] = False,
     charts: Annotated[Path | None, typer.Option(help="A folder for the charts, an SVG file each.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write report.html beside results.json: one file, no network."""
     from rmft_jax.files import read_json
     from rmft_jax.report.html import write_charts, write_report
+    from rmft_jax.report.model_card import write_model_card
+    from rmft_jax.report.tables import write_tables
 
-    results = read_json(directory / "results.json", "results", "run `rmft compare` first")
-    if not isinstance(results, dict) or results.get("schema") != 1:
-        raise UserError(f"{directory / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
-    print(write_report(results, directory / "report.html"))
-    for path in write_charts(results, charts) if charts else ():
-        print(path)
+    found = [read_json(place / "results.json", "results", "run `rmft compare` first") for place in directories]
+    for place, results in zip(directories, found, strict=True):
+        if not isinstance(results, dict) or results.get("schema") != 1:
+            raise UserError(f"{place / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
+    written = []
+    for place, results in zip(directories, found, strict=True):
+        written.append(write_report(results, place / "report.html"))
+        written += [write_model_card(results, place / "model_card.md")] if model_card else []
+        written += write_tables(results, place) if parquet else []
+        written += write_charts(results, charts / place.name if len(found) > 1 else charts) if charts else []
+    print(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
 
 
 @app.command()

@@ -22,7 +22,7 @@ EXTRAS = {
     "tpu": "training on TPUs",
     "re2": "finding personal data many times faster, with the same result",
     "gguf": "`rmft convert import` of .gguf files",
-    "data": "sources in Parquet and .zst, tables in Parquet (`rmft compare --parquet`)",
+    "data": "sources in Parquet and .zst, tables in Parquet (`rmft report --parquet`)",
     "presidio": "person names as a type of personal data",
     "studies": "studies on images",
     "dp": "DP-SGD",

@@ -95,8 +95,8 @@ def template(name: str) -> jinja2.Template:
     """Return one of the package's templates."""
     read = lambda name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True)
+        loader=jinja2.FunctionLoader(read), autoescape=not name.endswith(".md"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(name)
 
 
