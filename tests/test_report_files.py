@@ -48,7 +48,8 @@ def test_model_card_holds_the_figures_of_the_summary(results):  # noqa: F811
     low, high = last["prompts"]["all"]["ter_ci"]
     assert table[2][1] == f"{last['prompts']['all']['ter']:.2f} [{low:.2f}, {high:.2f}]"
     assert "Of 700 e-mail addresses in the training text, baseline gave away 34" in card
-    assert not re.search(r"(?<!\\)<script", card) and "256 heldout, 128 discoverable prompts" in card and results["command"] in card
+    assert not re.search(r"(?<!\\)<script", card) and results["command"] in card
+    assert "256 heldout, 128 discoverable prompts" in card
 
 
 def test_tables_hold_every_number(with_attacks, tmp_path):  # noqa: F811
