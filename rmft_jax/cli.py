@@ -31,6 +31,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 
 @app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="Your text: JSON lines, CSV, Parquet, text, an mbox, a folder of mail.")],
+    to: Annotated[Path | None, typer.Option(help="The config to write [default: the data's name, .yaml].")] = None,
+    out: Annotated[str, typer.Option(help="Directory of the experiment [default: runs/ and the data's name].")] = "",
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long one training may take on this machine.")] = 15.0,
+    as_json: Json = False,
+) -> None:
+    """Look at a sample of your text and at this machine, and write a commented config for both."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.suggest import config_name, describe, suggest_config, write_config
+
+    path = to or Path(config_name(str(data)))
+    use_cores()
+    found = suggest_config(str(data), minutes=minutes, out=out, name=str(path))
+    write_config(found, path)
+    print(json.dumps({key: value for key, value in found.items() if key != "yaml"}) if as_json else describe(found))
+    print(f"wrote {path}, which says what to do next", file=sys.stderr)
+
+
+@app.command()
 def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Turn text into a tagged data set: PII found and ranked, text tokenised."""
     from rmft_jax.config import load_config
@@ -193,19 +213,42 @@ def compare(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A directory with results.json.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories with results.json; each gets its report.")],
+    model_card: Annotated[bool, typer.Option("--model-card", help="model_card.md too: a section for a model card.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Tables in Parquet too.")] = False,
     charts: Annotated[Path | None, typer.Option(help="A folder for the charts, an SVG file each.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write report.html beside results.json: one file, no network."""
     from rmft_jax.files import read_json
     from rmft_jax.report.html import write_charts, write_report
+    from rmft_jax.report.model_card import write_model_card
+    from rmft_jax.report.tables import write_tables
 
-    results = read_json(directory / "results.json", "results", "run `rmft compare` first")
-    if not isinstance(results, dict) or results.get("schema") != 1:
-        raise UserError(f"{directory / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
-    print(write_report(results, directory / "report.html"))
-    for path in write_charts(results, charts) if charts else ():
-        print(path)
+    found = [read_json(place / "results.json", "results", "run `rmft compare` first") for place in directories]
+    for place, results in zip(directories, found, strict=True):
+        if not isinstance(results, dict) or results.get("schema") != 1:
+            raise UserError(f"{place / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
+    written = []
+    for place, results in zip(directories, found, strict=True):
+        written.append(write_report(results, place / "report.html"))
+        written += [write_model_card(results, place / "model_card.md")] if model_card else []
+        written += write_tables(results, place) if parquet else []
+        written += write_charts(results, charts / place.name if len(found) > 1 else charts) if charts else []
+    print(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and installation can do, what is missing, and how to get it."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.doctor import describe, diagnose
+
+    use_cores()
+    found = diagnose()
+    print(json.dumps(found) if as_json else describe(found))
+    if broken := [check for check in found["checks"] if check["status"] == "broken"]:
+        raise UserError(f"{broken[0]['name']} is broken ({broken[0]['detail']}): {broken[0]['mend']}")
 
 
 @app.command()

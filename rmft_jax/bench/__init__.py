@@ -25,6 +25,7 @@ BENCHES = {
     "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",
     "scaling": "memory and traffic of the train step on meshes of fake devices, against the sharding rules",
+    "startup": "starting the command line and importing the package, in fresh processes",
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import gzip
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -317,3 +319,26 @@ _READERS = {
     "maildir": _maildir,
     "tfds": _tfds,
 }
+
+
+def first_rows(path: str, format: str, count: int) -> list[dict]:
+    """Return the first rows of a jsonl, csv or parquet file as they are, those that are none left out."""
+    if format == "parquet":
+        with _library("pyarrow.parquet", path).ParquetFile(path) as file:
+            return next((batch.to_pylist() for batch in file.iter_batches(batch_size=count)), [])
+    with _open(path) as lines:
+        if format == "csv":
+            csv.field_size_limit(2**31 - 1)
+            text = io.TextIOWrapper(lines, encoding="utf-8", errors="replace", newline="")
+            return list(itertools.islice(csv.DictReader(text), count))
+        rows = []
+        for line in itertools.islice(lines, count):
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(_decode(line)[0]))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def first_bytes(path: str, count: int) -> bytes:
+    """Return the first bytes of a file, of a .gz or .zst one those that it unpacks to."""
+    with _open(path) as file:
+        return file.read(count)
