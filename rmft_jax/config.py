@@ -31,6 +31,7 @@ class SourceConfig:
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
+    shard_characters: size of the pieces of the corpus that `prepare` works on in parallel, a file of the data set each.
     """
 
     format: str = "synthetic"
@@ -46,6 +47,7 @@ class SourceConfig:
     heldout_fraction: float = 0.1
     on_error: str = "raise"
     seed: int = 0
+    shard_characters: int = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,13 @@ class TokenizerConfig:
     path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
     data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
     config.json of a model stands beside tokenizer.json, its vocab_size counts.
+    train_characters: text to train on, drawn at random from the training documents where they have more.
     """
 
     vocab_size: int = 2048
     model_type: str = "bpe"
     path: str = ""
+    train_characters: int = 100_000_000
 
 
 # Built-in types of personal data, each a module of that name.
@@ -162,12 +166,14 @@ class DedupConfig:
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
+    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
     """
 
     policy: str = "none"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
+    most_tokens: int = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -744,7 +750,9 @@ _RANGES = {  # inclusive
     "source.max_characters": (0, None),
     "source.heldout_limit": (0, None),
     "source.heldout_fraction": (0.0, 0.9),
+    "source.shard_characters": (1000, 1_000_000_000),
     "tokenizer.vocab_size": (300, 1_000_000),
+    "tokenizer.train_characters": (10_000, None),
     "canary.count": (0, 100_000),
     "canary.references": (2, 1_000_000),
     "masking.margin": (0, None),
@@ -752,6 +760,7 @@ _RANGES = {  # inclusive
     "dedup.near_threshold": (0.05, 1.0),
     "dedup.permutations": (16, 1024),
     "dedup.substring_tokens": (0, None),
+    "dedup.most_tokens": (0, None),
     "loss.pii_weight": (0.0, 1000.0),
     "loss.surrogate_weight": (0.0, 1000.0),
     "loss.goldfish_k": (2, 2**31 - 1),

@@ -59,6 +59,12 @@ class Tokenizer(Protocol):
         """Say which part of the tokenizer changes `text`."""
 
 
+def tokenizer_path(directory: Path) -> Path:
+    """Return where prepared data keep their tokenizer."""
+    path = directory / HuggingFaceTokenizer.file
+    return path if path.exists() else directory / SentencePieceTokenizer.file
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a SentencePiece model or, where the name ends in .json, a tokenizer.json of Hugging Face.
 
