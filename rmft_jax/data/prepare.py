@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from rmft_jax.config import Config, first_difference, to_dict
+from rmft_jax.data import beam
 from rmft_jax.data.canaries import SPACE_BITS, make_canaries
 from rmft_jax.data.corpus_values import corpus_values
 from rmft_jax.data.duplicates import flag_duplicates
@@ -130,15 +131,13 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
         write_bytes(job.folder / "identity.key", secrets.token_bytes(32).hex().encode(), private=True)
     tagged, ranked = (lambda shard: job.path("tagged", shard.number)), (lambda shard: job.path("ranks", shard.number))
     records = lambda shard: job.path("records", shard.number).with_suffix(".json")  # noqa: E731
-    if runner == "beam":
-        from rmft_jax.data import beam
-
-        beam.tag_and_rank(job, [shard for shard in shards if not ranked(shard).exists()] and shards, beam_options)
-    else:
+    is_ranked = all(ranked(shard).exists() for shard in shards)
+    if runner == "beam" and not is_ranked:
+        beam.tag_and_rank(job, shards, beam_options)
+    elif not is_ranked:
         run_shards(tag_shard, job, shards, tagged, "prepare: finding PII, tokenising", workers)
-        if not all(ranked(shard).exists() for shard in shards):
-            say("prepare: ranking")
-            rank_shards(job, shards, workers)
+        say("prepare: ranking")
+        rank_shards(job, shards, workers)
     corpus = _number(job, shards)
     duplicates = flag_duplicates(job, shards, corpus)
     if runner == "beam":

@@ -165,12 +165,11 @@ class SentencePieceTokenizer:
     def _word_cache(self) -> WordCache | None:
         """Return a cache of words, where the ids of a text are those of its words one after the other: in BPE alone, as
         rounding decides between ways of equal probability in a unigram model."""
-        from sentencepiece import sentencepiece_model_pb2 as protocol
-
-        proto = protocol.ModelProto.FromString(self.model)
-        if proto.trainer_spec.model_type != protocol.TrainerSpec.BPE:
+        ids = range(self.vocab_size)
+        # BPE scores pieces by their rank. The model itself would say, but its protocol does not load beside Beam's protobuf.
+        if not all(self._processor.GetScore(id).is_integer() for id in ids):
             return None
-        return WordCache.of_pieces((p.piece.replace(_SPACE, " ") for p in proto.pieces), self._encode)
+        return WordCache.of_pieces((self._processor.IdToPiece(id).replace(_SPACE, " ") for id in ids), self._encode)
 
     def _is_special(self, id: int) -> bool:
         return self._processor.IsControl(id) or self._processor.IsUnknown(id)

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
 from rmft_jax.errors import UserError
@@ -23,6 +24,7 @@ _WHOLE_PIECES = 64  # a whole value has the form of what it stands for, and so a
 _TRIES = 50  # for one string, until it is given up
 _FEW = 1000  # a stock of fewer strings is a closed set, such as top-level domains
 
+_span_values = jax.jit(span_values, static_argnames="spans")
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -120,7 +122,7 @@ def real_values(value: np.ndarray, parts: np.ndarray) -> np.ndarray:
     room = 1 << max(10, len(value).bit_length())  # few shapes, which each are compiled
     padded = [np.pad(array.astype(np.int32), (0, room - len(value)), constant_values=fill) for array, fill in
               ((value, 0), (index, 0), (span, room - 1))]  # fmt: skip
-    return np.asarray(span_values(*padded, spans=room))[: len(parts)]
+    return np.asarray(_span_values(*padded, spans=room))[: len(parts)]
 
 
 def _real_stocks(values: list[list[tuple[str, int]]], seed: int) -> dict[str, dict[int, list[str]]]:
