@@ -47,7 +47,7 @@ class SourceConfig:
     heldout_fraction: float = 0.1
     on_error: str = "raise"
     seed: int = 0
-    shard_characters: int = 16_000_000
+    shard_characters: int = 8_000_000
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ def write(job: Job, shards: Sequence[Shard], options: Sequence[str]) -> None:
 
 def _tag(shard: Shard, job: Job) -> Iterator[tuple[bytes, Place]]:
     """Yield (hash, Place) of each value of a shard."""
-    if not job.path("tagged", shard.number).exists():
+    if not job.tagged(shard).exists():
         tag_shard(job, shard)
-    found = read_tagged(job, shard.number)
+    found = read_tagged(job, shard)
     for place, (digest, count) in enumerate(zip(found["value_hash"], found["value_count"].tolist(), strict=True)):
         yield digest.tobytes(), (shard.number, place, count)
 
@@ -94,11 +94,12 @@ def _nothing(shard: Shard) -> tuple[int, tuple[int, ...]]:
 
 def _write_ranks(group: tuple[int, Iterable[tuple[int, ...]]], job: Job, new: dict[int, int]) -> None:
     number, rows = group
+    path = job.ranks(Shard(number, *[np.zeros(0, np.int64)] * 2))
     table = np.array(sorted(row for row in rows if row), np.int64).reshape(-1, 6)
     begins = np.cumsum([0, *(new.get(shard, 0) for shard in range(max(new, default=0) + 1))])
     _, base, total, first, local, is_first = table.T
     identity = np.where(first == _NOWHERE, _NOWHERE, begins[first] + local)
-    write_ranks(job, number, identity=identity, base=base, total=total, is_first=is_first.astype(bool))
+    write_ranks(path, identity=identity, base=base, total=total, is_first=is_first.astype(bool))
 
 
 def _write_records(shard: Shard, job: Job) -> None:

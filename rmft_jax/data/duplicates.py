@@ -47,7 +47,7 @@ def _flags(job: Job, shards: Sequence[Shard], length: int) -> tuple[np.ndarray, 
     near = near_duplicates(
         texts, threshold=dedup.near_threshold, num_perm=dedup.permutations, seed=job.config.source.seed
     )
-    found = [read_tagged(job, shard.number) for shard in shards]
+    found = [read_tagged(job, shard) for shard in shards]
     tokens = np.concatenate([arrays["train_tokens"] for arrays in found])
     sizes = np.concatenate([arrays["train_document_tokens"] for arrays in found])
     is_near = np.repeat(near, sizes)

@@ -7,6 +7,7 @@ caller's main module, and they end when the pipe does, however the caller ended.
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import os
 import pickle
 import signal
@@ -44,7 +45,7 @@ def run_shards(
 def run_in_order(work: Callable[[Any, Any], Any], job: Any, items: Sequence[Any], workers: int) -> Iterator[Any]:
     """Yield `work(job, item)` for each item, in their order."""
     if workers < 2 or len(items) < 2:
-        yield from (work(job, item) for item in items)
+        yield from (_do(work, job, item) for item in items)
         return
     mine, started = threading.local(), []
 
@@ -63,6 +64,17 @@ def run_in_order(work: Callable[[Any, Any], Any], job: Any, items: Sequence[Any]
             threads.shutdown(wait=False, cancel_futures=True)
             for worker in started:
                 worker.close()
+
+
+def _do(work: Callable[[Any, Any], Any], job: Any, item: Any) -> Any:
+    """Do work that makes millions of small objects and no cycles: looking for those takes a sixth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return work(job, item)
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Worker:
@@ -104,7 +116,7 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            answer = None, work(job, item)
+            answer = None, _do(work, job, item)
         except Exception as error:  # noqa: BLE001  it is raised where it is asked for
             answer = error, None
         pickle.dump(answer, answers)

@@ -121,30 +121,38 @@ def load_prepared(config: Config) -> Prepared:
 
 def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]) -> dict:
     """Do all that is left to do in the folder of a job, up to `final`, the folder of the data; return the manifest."""
-    config = job.config
-    read = read_shards(job.texts, config)
-    shards = plan_shards(read, config)
+    read, shards = begin(job)
+    if runner == "beam":
+        if not all(job.ranks(shard).exists() for shard in shards):
+            beam.tag_and_rank(job, shards, beam_options)
+        duplicates = flag_duplicates(job, shards, number_shards(job, shards))
+        beam.write(job, [shard for shard in shards if not job.records(shard).exists()], beam_options)
+    else:
+        tag_and_rank(job, shards, workers)
+        duplicates = flag_duplicates(job, shards, number_shards(job, shards))
+        run_shards(write_records, job, shards, job.records, "prepare: writing", workers)
+    return _assemble(job, shards, read, duplicates)
+
+
+def begin(job: Job) -> tuple[dict, list[Shard]]:
+    """Read the source, make the tokenizer and the secret of a job, as far as they are not there; return what
+    `read_shards` says, and the shards."""
+    read = read_shards(job.texts, job.config)
+    shards = plan_shards(read, job.config)
     if not job.tokenizer.exists():
         with whole_folder(job.tokenizer) as partial:
             _make_tokenizer(job, shards, read["characters"]).save(partial)
-    if not (job.folder / "identity.key").exists():
-        write_bytes(job.folder / "identity.key", secrets.token_bytes(32).hex().encode(), private=True)
-    tagged, ranked = (lambda shard: job.path("tagged", shard.number)), (lambda shard: job.path("ranks", shard.number))
-    records = lambda shard: job.path("records", shard.number).with_suffix(".json")  # noqa: E731
-    is_ranked = all(ranked(shard).exists() for shard in shards)
-    if runner == "beam" and not is_ranked:
-        beam.tag_and_rank(job, shards, beam_options)
-    elif not is_ranked:
-        run_shards(tag_shard, job, shards, tagged, "prepare: finding PII, tokenising", workers)
+    if not job.key_file.exists():
+        write_bytes(job.key_file, secrets.token_bytes(32).hex().encode(), private=True)
+    return read, shards
+
+
+def tag_and_rank(job: Job, shards: Sequence[Shard], workers: int) -> None:
+    """Tag every shard and rank its values, unless that has been done."""
+    if not all(job.ranks(shard).exists() for shard in shards):
+        run_shards(tag_shard, job, shards, job.tagged, "prepare: finding PII, tokenising", workers)
         say("prepare: ranking")
         rank_shards(job, shards, workers)
-    corpus = _number(job, shards)
-    duplicates = flag_duplicates(job, shards, corpus)
-    if runner == "beam":
-        beam.write(job, [shard for shard in shards if not records(shard).exists()], beam_options)
-    else:
-        run_shards(write_records, job, shards, records, "prepare: writing", workers)
-    return _assemble(job, shards, read, [read_json(records(shard), "records", "") for shard in shards], duplicates)
 
 
 def _make_tokenizer(job: Job, shards: Sequence[Shard], characters: int) -> Tokenizer:
@@ -172,7 +180,7 @@ def _text_outside_pii(job: Job, shards: Sequence[Shard], characters: int) -> Ite
             yield text[done:]
 
 
-def _number(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
+def number_shards(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
     """Write and return what numbers shards within the corpus.
 
     span_begin, token_begin: int64 [shards + 1], training spans and tokens of the shards before. kinds: int32, the corpus'
@@ -182,7 +190,7 @@ def _number(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
     counts, found = {"span": [0], "token": [0]}, []
     text_bytes = 0
     for shard in shards:
-        arrays = read_tagged(job, shard.number)
+        arrays = read_tagged(job, shard)
         counts["span"].append(arrays["train_document_spans"].sum())
         counts["token"].append(arrays["train_document_tokens"].sum())
         found.append((json.loads(arrays["kinds"].tobytes()), int(arrays["train_kinds"])))
@@ -202,9 +210,10 @@ def _number(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
     return corpus
 
 
-def _assemble(job: Job, shards: Sequence[Shard], read: dict, records: list[dict], duplicates: dict) -> dict:
+def _assemble(job: Job, shards: Sequence[Shard], read: dict, duplicates: dict) -> dict:
     """Put the data together from the parts in a folder `final`, and return their manifest."""
     config, tokenizer = job.config, tokenizer_of(job.tokenizer)
+    records = [read_json(job.records(shard), "records", "run `rmft prepare` again") for shard in shards]
     final = job.folder / "final"
     shutil.rmtree(final, ignore_errors=True)  # of a call that was cut off
     folder = final / NAME / VERSION

@@ -35,7 +35,7 @@ def rank_shards(job: Job, shards: Sequence[Shard], threads: int) -> None:
     with duckdb.connect(str(database), config=settings) as table:
         table.execute('create table found (shard integer, place integer, a ubigint, b ubigint, "count" bigint)')
         for shard in shards:
-            found = read_tagged(job, shard.number)
+            found = read_tagged(job, shard)
             hashes = found["value_hash"]
             rows = {  # noqa: F841  DuckDB finds it by its name
                 "shard": np.full(len(hashes), shard.number, np.int32),
@@ -65,12 +65,12 @@ def rank_shards(job: Job, shards: Sequence[Shard], threads: int) -> None:
             base, first, total = (np.asarray(rows[name], np.int64) for name in ("base", "first", "total"))
             identity = np.where(first >= 0, np.searchsorted(firsts, first), -1)
             place = shard.number * 2**32 + np.arange(len(first))
-            write_ranks(job, shard.number, identity=identity, base=base, total=total, is_first=first == place)
+            write_ranks(job.ranks(shard), identity=identity, base=base, total=total, is_first=first == place)
     database.unlink()
 
 
-def write_ranks(job: Job, shard: int, **arrays: np.ndarray) -> None:
+def write_ranks(path: Path, **arrays: np.ndarray) -> None:
     """Write what `rank_shards` says. Raises UserError where there are more occurrences than fit an int32."""
     if len(arrays["total"]) and arrays["total"].max() >= 2**31:
         raise UserError("a value occurs more than 2^31 times: add it to pii.ignore")
-    write_arrays(job.path("ranks", shard), arrays, private=True, compress=False)
+    write_arrays(path, arrays, private=True, compress=False)

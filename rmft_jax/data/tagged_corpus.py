@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ Fields = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (values of all docu
 def write_records(job: Job, shard: Shard) -> None:
     """The second pass over a shard: write its documents as records, a file for each split that it has documents of.
 
-    Its identities, ranks, the numbers of kinds and the flags of duplicates must have been written. records-N.json, which is
+    Its identities, ranks, the numbers of kinds and the flags of duplicates must have been written. NNNNN.json, which is
     written last, says of each split: documents, tokens, pii_tokens, pii_occurrences, bytes, digest.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -43,7 +44,7 @@ def write_records(job: Job, shard: Shard) -> None:
         path.parent.mkdir(exist_ok=True)
         if count:
             partial = path.with_name(f".{path.name}")
-            writer = ArrayRecordWriter(str(partial), "group_size:1")
+            writer = ArrayRecordWriter(str(partial), "group_size:1,zstd:1")  # the least that makes numbers small
             for record in records:
                 writer.write(record)
             writer.close()
@@ -60,7 +61,7 @@ def write_records(job: Job, shard: Shard) -> None:
             "bytes": sum(map(len, records)),
             "digest": digest.hexdigest(),
         }
-    write_json(job.path("records", shard.number).with_suffix(".json"), said)
+    write_json(job.records(shard), said)
 
 
 def record_path(job: Job, number: int, split: str) -> Path:
@@ -70,8 +71,8 @@ def record_path(job: Job, number: int, split: str) -> Path:
 
 def _fields(job: Job, shard: Shard, split: str) -> Fields:
     """Return all fields of the documents of a split."""
-    found = read_tagged(job, shard.number)
-    ranks = read_arrays(job.path("ranks", shard.number), "ranks", "run `rmft prepare` again")
+    found = read_tagged(job, shard)
+    ranks = read_arrays(job.ranks(shard), "ranks", "run `rmft prepare` again")
     corpus = read_arrays(job.folder / "corpus.npz", "numbers of the corpus", "run `rmft prepare` again")
     tagged = tagged_of(found, split)
     fields = tagged.fields()
@@ -134,10 +135,7 @@ def serialize(fields: Fields) -> list[bytes]:
     """
     columns = []
     for name in sorted(fields):
-        values, counts = fields[name]
-        data, sizes = _varints(values)
-        ends = np.concatenate([[0], np.cumsum(sizes)])[np.concatenate([[0], np.cumsum(counts)])].tolist()
-        columns.append((b"\x0a" + _prefixed(name.encode()), data.tobytes(), ends))
+        columns.append((b"\x0a" + _prefixed(name.encode()), *_varints(*fields[name])))
     records = []
     for number in range(len(fields["tokens"][1])):
         entries = []
@@ -159,22 +157,20 @@ def _prefixed(data: bytes) -> bytes:
     return bytes(out) + data
 
 
-def _varints(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return int64 values as varints of protobuf: uint8 [bytes] of all, int64 [values] how many bytes each has."""
-    left = values.astype(np.int64).view(np.uint64)
-    sizes = np.ones(len(left), np.int64)
-    largest = int(left.max(initial=0))
-    for bits in range(7, max(largest.bit_length(), 1), 7):
-        sizes += left >= np.uint64(1) << np.uint64(bits)
-    begins = np.cumsum(sizes) - sizes
-    out = np.empty(int(sizes.sum()), np.uint8)
-    where = np.arange(len(left))
-    for byte in range(int(sizes.max(initial=0))):
-        if byte:
-            where = where[sizes[where] > byte]
-        low = (left[where] >> np.uint64(7 * byte)).astype(np.uint8) & np.uint8(127)
-        out[begins[where] + byte] = low | ((sizes[where] > byte + 1).astype(np.uint8) << 7)
-    return out, sizes
+def _varints(values: np.ndarray, counts: np.ndarray) -> tuple[bytes, list[int]]:
+    """Return integers as varints of protobuf, and where those of each document begin and end, given their counts."""
+    left = values if values.min(initial=0) >= 0 else values.astype(np.int64).view(np.uint64)
+    width = max(1, -(-int(left.max(initial=0)).bit_length() // 7))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    if width == 1:
+        return left.astype(np.uint8).tobytes(), ends.tolist()
+    digits, used = np.empty((len(left), width), np.uint8), np.empty((len(left), width), bool)
+    for byte in range(width):  # seven bits each, the lowest first; the highest bit says that there are more
+        used[:, byte] = (left > 0) if byte else True
+        digits[:, byte] = (left & left.dtype.type(127)).astype(np.uint8) | ((left > 127).view(np.uint8) << 7)
+        left = left >> left.dtype.type(7)
+    sizes = [np.count_nonzero(used[begin:end]) for begin, end in itertools.pairwise(ends.tolist())]
+    return digits[used].tobytes(), list(itertools.accumulate(sizes, initial=0))
 
 
 def write_metadata(folder: Path, splits: dict[str, tuple[list[int], int]]) -> None:

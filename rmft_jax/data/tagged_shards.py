@@ -42,14 +42,27 @@ class Job:
         """Return the folder of the tokenizer."""
         return self.folder / "tokenizer"
 
-    def path(self, what: str, number: int) -> Path:
-        """Return the file of a shard at a stage."""
-        return self.folder / what / f"{what}-{number:05d}.npz"
+    @property
+    def key_file(self) -> Path:
+        """Return the file of the secret that hashes of values are made with."""
+        return self.folder / "identity.key"
 
     @property
     def key(self) -> bytes:
-        """Return the secret that hashes of values are made with."""
-        return bytes.fromhex((self.folder / "identity.key").read_text())
+        """Return that secret."""
+        return bytes.fromhex(self.key_file.read_text())
+
+    def tagged(self, shard: Shard) -> Path:
+        """Return the file that `tag_shard` writes."""
+        return self.folder / "tagged" / f"{shard.number:05d}.npz"
+
+    def ranks(self, shard: Shard) -> Path:
+        """Return the file that `rank_shards` writes for a shard."""
+        return self.folder / "ranks" / f"{shard.number:05d}.npz"
+
+    def records(self, shard: Shard) -> Path:
+        """Return the file that `write_records` writes last."""
+        return self.folder / "records" / f"{shard.number:05d}.json"
 
 
 def tag_shard(job: Job, shard: Shard) -> None:
@@ -87,12 +100,12 @@ def tag_shard(job: Job, shard: Shard) -> None:
         "canary_place": np.array([values.places.get(address, -1) for address in addresses], np.int64),
         "pieces": np.array(pieces_among(substrings_of(job.tokenizer), known), np.int64),
     }
-    write_arrays(job.path("tagged", shard.number), arrays, private=True, compress=False)
+    write_arrays(job.tagged(shard), arrays, private=True, compress=False)
 
 
-def read_tagged(job: Job, number: int) -> dict[str, np.ndarray]:
+def read_tagged(job: Job, shard: Shard) -> dict[str, np.ndarray]:
     """Return what `tag_shard` has written."""
-    return read_arrays(job.path("tagged", number), "tagged text", "run `rmft prepare` again")
+    return read_arrays(job.tagged(shard), "tagged text", "run `rmft prepare` again")
 
 
 def tagged_of(arrays: dict[str, np.ndarray], split: str) -> Tagged:

@@ -8,7 +8,7 @@ from itertools import chain
 
 import numpy as np
 
-_REMEMBERED = 1 << 18  # words
+_REMEMBERED = 1 << 19  # words
 _REMEMBERED_IDS = 1 << 22
 
 
@@ -52,26 +52,27 @@ class WordCache:
         """Return the ids of all texts, int32 [ids], and how many each one has, int64 [texts]."""
         if len(self._rows) > _REMEMBERED or len(self._ids) > _REMEMBERED_IDS:
             self._forget()
-        words = list(map(self._split, texts))
+        split = self._split
+        words = [split(text) if " " in text or "\n" in text else (text,) for text in texts]
         counts = np.fromiter(map(len, words), np.int64, len(words))
-        rows = np.fromiter(map(self._rows.__getitem__, chain.from_iterable(words)), np.int64, counts.sum())
+        rows = np.fromiter(map(self._rows.__getitem__, chain.from_iterable(words)), np.int32, counts.sum())
         self._learn()
         sizes = self._sizes[rows]
-        ends = np.cumsum(sizes)
-        total = int(ends[-1]) if len(ends) else 0
-        ids = self._ids[np.repeat(self._begins[rows] - (ends - sizes), sizes) + np.arange(total)]
-        bounds = np.concatenate([[0], ends])[np.concatenate([[0], np.cumsum(counts)])]
-        return ids, np.diff(bounds)
+        borders = np.concatenate([np.zeros(1, np.int32), np.cumsum(sizes, dtype=np.int32)])
+        where = np.repeat(self._begins[rows] - borders[:-1], sizes)
+        where += np.arange(len(where), dtype=np.int32)
+        return self._ids[where], np.diff(borders[np.concatenate([[0], np.cumsum(counts)])]).astype(np.int64)
 
     def _learn(self) -> None:
         if not self._rows.new:
             return
         ids, sizes = flat(self._encode(self._rows.new))
         self._rows.new.clear()
-        begins = len(self._ids) + np.cumsum(sizes) - sizes
+        begins = (len(self._ids) + np.cumsum(sizes) - sizes).astype(np.int32)
         self._ids = np.concatenate([self._ids, ids])
-        self._sizes, self._begins = np.concatenate([self._sizes, sizes]), np.concatenate([self._begins, begins])
+        self._sizes = np.concatenate([self._sizes, sizes.astype(np.int32)])
+        self._begins = np.concatenate([self._begins, begins])
 
     def _forget(self) -> None:
         self._rows = _Rows()
-        self._ids, self._sizes, self._begins = np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._ids = self._sizes = self._begins = np.zeros(0, np.int32)
