@@ -51,13 +51,22 @@ def init(
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Processes [default: as many as cores].", min=0)] = 0,
+    runner: Annotated[str, typer.Option(help="local, or beam: an Apache Beam pipeline.")] = "local",
+    beam_options: Annotated[str, typer.Option(help="Of the pipeline, such as '--runner=FlinkRunner ...'.")] = "",
+    as_json: Json = False,
+) -> None:
     """Turn text into a tagged data set: PII found and ranked, text tokenised."""
+    import shlex
+
     from rmft_jax.config import load_config
     from rmft_jax.data.prepare import prepare
 
     settings = load_config(config, overrides or [])
-    manifest = prepare(settings)
+    manifest = prepare(settings, workers=workers, runner=runner, beam_options=shlex.split(beam_options))
     if as_json:
         print(json.dumps(manifest))
         return

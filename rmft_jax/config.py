@@ -32,6 +32,7 @@ class SourceConfig:
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
+    shard_characters: size of the pieces of the corpus that `prepare` works on in parallel, a file of the data set each.
     """
 
     format: str = "synthetic"
@@ -47,6 +48,7 @@ class SourceConfig:
     heldout_fraction: float = 0.1
     on_error: str = "raise"
     seed: int = 0
+    shard_characters: int = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class TokenizerConfig:
     path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
     data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
     config.json of a model stands beside tokenizer.json, its vocab_size counts.
+    train_characters: text to train on, drawn at random from the training documents where they have more.
     """
 
     vocab_size: int = 2048
     model_type: str = "bpe"
     path: str = ""
+    train_characters: int = 100_000_000
 
 
 # Built-in types of personal data, each a module of that name.
@@ -163,12 +167,14 @@ class DedupConfig:
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
+    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
     """
 
     policy: str = "none"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
+    most_tokens: int = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -747,7 +753,9 @@ _RANGES = {  # inclusive
     "source.max_characters": (0, None),
     "source.heldout_limit": (0, None),
     "source.heldout_fraction": (0.0, 0.9),
+    "source.shard_characters": (1000, 1_000_000_000),
     "tokenizer.vocab_size": (300, 1_000_000),
+    "tokenizer.train_characters": (10_000, None),
     "canary.count": (0, 100_000),
     "canary.references": (2, 1_000_000),
     "masking.margin": (0, None),
@@ -755,6 +763,7 @@ _RANGES = {  # inclusive
     "dedup.near_threshold": (0.05, 1.0),
     "dedup.permutations": (16, 1024),
     "dedup.substring_tokens": (0, None),
+    "dedup.most_tokens": (0, None),
     "loss.pii_weight": (0.0, 1000.0),
     "loss.surrogate_weight": (0.0, 1000.0),
     "loss.goldfish_k": (2, 2**31 - 1),

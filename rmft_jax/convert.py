@@ -12,9 +12,8 @@ import yaml
 
 from rmft_jax.config import ModelConfig
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer, read_files, rebuild
-from rmft_jax.data.prepare import tokenizer_path
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, lossless
+from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, lossless, tokenizer_path
 from rmft_jax.files import read_json, whole_folder, write_bytes, write_json, write_text
 from rmft_jax.models.gguf import Gguf
 from rmft_jax.models.gpt import count_params, init_params

@@ -146,15 +146,15 @@ class LineFile:
             write_text(self._path, "".join(self._lines))
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False, compress: bool = True) -> None:
     """Write named arrays atomically as .npz (no pickle)."""
     import io
 
     import numpy as np
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes(path, buffer.getvalue(), private=private)
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    write_chunks(path, [buffer.getbuffer()], private=private)
 
 
 def read_arrays(path: Path, what: str, mend: str) -> dict[str, np.ndarray]:

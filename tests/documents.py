@@ -8,7 +8,6 @@ import numpy as np
 from rmft_jax.config import PiiConfig
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches
-from rmft_jax.data.prepare import component_values
 from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.kernels import mask_batch
 from rmft_jax.models.gpt import init_params
@@ -72,6 +71,17 @@ def check_round_trip(texts, tokenizer):
         assert not any(detect(part) for part in outside if "@" not in part)
         ids += numbers["span_id"]
     assert ids == list(range(len(ids)))
+
+
+def component_values(pairs, detector):
+    """Return the components of each PII value, (text in lower case, kind), as its first occurrence is cut."""
+    values = {}
+    for text, spans in pairs:
+        for span in spans:
+            if span.value not in values:
+                parts = detector.components(text, span)
+                values[span.value] = [(part.lower(), kind) for part, kind in zip(parts.texts, parts.kinds, strict=True)]
+    return list(values.values())
 
 
 def bank_of(texts: list[str], spans, tokenizer, detector: Detector | None = None):

@@ -101,7 +101,7 @@ def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):
 
     import tensorflow_datasets as tfds
 
-    folder = prepared.directory / "tagged_corpus" / "1.0.0"
+    folder = prepared.directory / "tagged_corpus" / "1.1.0"
     source = tfds.builder_from_directory(str(folder)).as_data_source("train")
     assert len(source) == prepared.manifest["train"]["documents"]
     assert set(source[0]) >= {"tokens", "component", "span_rank", "document"}

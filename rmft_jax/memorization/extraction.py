@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from rmft_jax.config import Config
-from rmft_jax.data.prepare import Prepared, load_prepared, tokenizer_path
-from rmft_jax.data.tokenizer import Tokenizer
+from rmft_jax.data.prepare import Prepared, load_prepared
+from rmft_jax.data.tokenizer import Tokenizer, tokenizer_path
 from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
