@@ -30,10 +30,10 @@ def hessian_product(loss: Callable, params: Tree, vector: Tree, *args, damping: 
 def gauss_newton_product(
     predict: Callable, loss: Callable, params: Tree, vector: Tree, *args, damping: float | jax.Array = 0.0
 ) -> Tree:
-    """Return (G + damping I) vector, where G = J^T L'' J is the Hessian of loss(predict(params, *args)) with predict linearised.
+    """Return (G + damping I) vector, G = J^T L'' J the Hessian of loss(predict(params, *args)) with predict linearised.
 
-    predict: gives an array or tree, such as logits; loss: a convex scalar function of that, which may close over labels. G has
-    no negative directions; at a model that fits its data it is near H. Source: Schraudolph 2002.
+    predict: gives an array or tree, such as logits; loss: a convex scalar function of that, which may close over labels. G
+    has no negative directions; at a model that fits its data it is near H. Source: Schraudolph 2002.
     """
     outputs, forward = jax.linearize(lambda params: predict(params, *args), params)
     _, curved = jax.jvp(jax.grad(loss), (outputs,), (forward(vector),))
@@ -84,8 +84,8 @@ def lissa(product: Callable[[Tree, Any], Tree], vector: Tree, batches: Any, *, s
 def influence(measured: Tree, solved: Tree) -> jax.Array:
     """Return d(measure) / d(weight of z) = -grad(measure)^T H^-1 grad L(z), float [].
 
-    measured: the gradient of what is asked about, with respect to the parameters. solved: H^-1 grad L(z). Without z, one of N
-    examples, the measure changes by about -1/N times this. Source: Koh & Liang 2017, equation 2.
+    measured: the gradient of what is asked about, with respect to the parameters. solved: H^-1 grad L(z). Without z, one
+    of N examples, the measure changes by about -1/N times this. Source: Koh & Liang 2017, equation 2.
     """
     pairs = zip(jax.tree.leaves(measured), jax.tree.leaves(solved), strict=True)
     return -sum(jnp.vdot(a, b) for a, b in pairs)
@@ -97,9 +97,10 @@ def self_influence(
 ) -> jax.Array:  # fmt: skip
     """Return the memorization score -grad P(y|x)^T H^-1 grad L(z) of each training example z = (x, y), float [N].
 
-    loss: (params, example) -> scalar, L(z), of which training minimised the mean. examples: a tree whose leaves have a leading
-    axis of examples. solve: grad L -> H^-1 grad L, by one of the solvers above. probability: (params, example) -> scalar,
-    P(y|x); None = exp(-loss), right where the loss is the cross entropy alone. batch_size: examples solved for at once.
+    loss: (params, example) -> scalar, L(z), of which training minimised the mean. examples: a tree whose leaves have a
+    leading axis of examples. solve: grad L -> H^-1 grad L, by one of the solvers above. probability: (params, example) ->
+    scalar, P(y|x); None = exp(-loss), right where the loss is the cross entropy alone. batch_size: examples solved for at
+    once.
 
     A high score: without z in the training set the model would give it a lower probability. 1/N times the score is the fall
     that is to be expected. Source: Chen et al. 2022, arXiv 2205.14704, section 3.4.
@@ -114,15 +115,16 @@ def self_influence(
 
 
 def kernel_self_influence(
-    kernel: jax.Array, loss_curvature: jax.Array, loss_gradient: jax.Array, probability_gradient: jax.Array, *, damping: float
-) -> jax.Array:
+    kernel: jax.Array, loss_curvature: jax.Array, loss_gradient: jax.Array, probability_gradient: jax.Array, *,
+    damping: float | jax.Array,
+) -> jax.Array:  # fmt: skip
     """Return what `self_influence` does under G + damping I, from the examples' tangent kernel alone: float [N].
 
     For few examples and any number of parameters it is exact, where the solvers above iterate.
 
-    kernel: float [N, C, N, C], J J^T with J the Jacobian of the N x C outputs (see `tangent_kernel`). loss_curvature: float [N, C, C],
-    the second derivative of each example's loss in its outputs. loss_gradient, probability_gradient: float [N, C], the first
-    derivatives of L and of P in the outputs. damping: above 0.
+    kernel: float [N, C, N, C], J J^T with J the Jacobian of the N x C outputs (see `tangent_kernel`). loss_curvature: float
+    [N, C, C], the second derivative of each example's loss in its outputs. loss_gradient, probability_gradient: float
+    [N, C], the first derivatives of L and of P in the outputs. damping: above 0.
     With A the block-diagonal matrix of loss_curvature / N: J (J^T A J + damping I)^-1 J^T = K (A K + damping I)^-1.
     """
     count, classes = loss_gradient.shape
@@ -138,20 +140,17 @@ def kernel_self_influence(
 def tangent_kernel(outputs: Callable, params: Tree, examples: Any, *, batch_size: int = 8) -> jax.Array:
     """Return K = J J^T, float32 [N, C, N, C], J the Jacobian of all examples' outputs in the parameters.
 
-    outputs: (params, example) -> [C]. examples: a tree whose leaves have a leading axis N. batch_size: examples whose Jacobians
-    are made at once; all N x C rows of one parameter array are held at a time. Source: Jacot et al. 2018, arXiv 1806.07572.
+    outputs: (params, example) -> [C]. examples: a tree whose leaves have a leading axis N. batch_size: examples whose
+    Jacobians are made at once; the N x C rows of one parameter array are held at a time. Source: Jacot et al. 2018, arXiv
+    1806.07572.
     """
     leaves, tree = jax.tree.flatten(params)
-    total = 0.0
-    for number, leaf in enumerate(leaves):
 
-        def rows(example, number=number):
-            def of_leaf(leaf):
-                return outputs(jax.tree.unflatten(tree, [*leaves[:number], leaf, *leaves[number + 1 :]]), example)
-
-            return jax.jacrev(of_leaf)(leaf)
-
+    def of_leaf(number):
+        put = lambda leaf: jax.tree.unflatten(tree, [*leaves[:number], leaf, *leaves[number + 1 :]])  # noqa: E731
+        rows = lambda example: jax.jacrev(lambda leaf: outputs(put(leaf), example))(leaves[number])  # noqa: E731
         jacobian = jax.lax.map(rows, examples, batch_size=batch_size)
-        flat = jacobian.reshape(*jacobian.shape[:2], leaf.size)
-        total = total + jnp.einsum("ncp,mdp->ncmd", flat, flat, precision="highest")
-    return total
+        flat = jacobian.reshape(*jacobian.shape[:2], -1)
+        return jnp.einsum("ncp,mdp->ncmd", flat, flat, precision="highest")
+
+    return sum(of_leaf(number) for number in range(len(leaves)))
