@@ -74,19 +74,31 @@ from rmft_jax.kernels.membership import (
 )
 from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized, memorized, run_lengths, slice_counts
 from rmft_jax.kernels.neighbours import METRICS, Neighbours, nearest_neighbours
+from rmft_jax.kernels.retrieval import (
+    Datastore,
+    Retrieved,
+    delete,
+    interpolate,
+    knn_guided_loss,
+    knn_probabilities,
+    knn_probability,
+    neural_demonstrations,
+    retrieve,
+)
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "METRICS", "MaskedBatch", "Neighbours", "PII", "POLICIES", "Rule",
-    "Runs", "SURROGATE", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit",
-    "attention", "average_weights", "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax",
-    "conjugate_gradients", "cross_entropy", "document_mask", "document_positions", "draw_surrogates",
-    "early_learning_penalty", "elr_loss", "elr_update_target", "exact_solver", "example_counts", "exposure_by_rank",
-    "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
+    "CrossEntropy", "Datastore", "FUSED_ATTENTION", "GOLDFISH", "METRICS", "MaskedBatch", "Neighbours", "PII",
+    "POLICIES", "Retrieved", "Rule", "Runs", "SURROGATE", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch",
+    "TopTargets", "all_hit", "attention", "average_weights", "causal_attention", "causal_mask", "choose_surrogates",
+    "clipped_softmax", "conjugate_gradients", "cross_entropy", "delete", "document_mask", "document_positions",
+    "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "exact_solver", "example_counts",
+    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
     "gauss_newton_product", "goldfish_mask", "hessian_product", "importance_weighted_log_likelihood", "influence",
-    "is_real_value", "kernel_self_influence", "kl_loss", "lissa", "logmeanexp", "loss_score", "m_score", "mask_batch",
-    "memorized", "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "nearest_neighbours",
-    "queries_needed", "reference_score", "replaced_components", "replaced_spans", "rotary", "rotary_angles",
+    "interpolate", "is_real_value", "kernel_self_influence", "kl_loss", "knn_guided_loss", "knn_probabilities",
+    "knn_probability", "lissa", "logmeanexp", "loss_score", "m_score", "mask_batch", "memorized",
+    "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "nearest_neighbours", "neural_demonstrations",
+    "queries_needed", "reference_score", "replaced_components", "replaced_spans", "retrieve", "rotary", "rotary_angles",
     "run_lengths", "self_influence", "slice_counts", "span_values", "splice", "splice_reference", "tangent_kernel",
     "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below", "update_top_targets",
     "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",

@@ -2,7 +2,7 @@
 
 Trees are parameters of any model; a loss is any scalar function of them. H is the curvature of the mean training loss at the
 parameters that training ended with. Source: Koh & Liang 2017, arXiv 1703.04730; the self-influence as a memorization score:
-Chen et al. 2022, arXiv 2205.14704, section 3.4.
+Chen et al. 2022, arXiv 2205.14704.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def self_influence(
     once.
 
     A high score: without z in the training set the model would give it a lower probability. 1/N times the score is the fall
-    that is to be expected. Source: Chen et al. 2022, arXiv 2205.14704, section 3.4.
+    that is to be expected. Source: Chen et al. 2022, arXiv 2205.14704.
     """
     probability = probability or (lambda params, example: jnp.exp(-loss(params, example)))
 
