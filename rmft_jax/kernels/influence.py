@@ -141,16 +141,10 @@ def tangent_kernel(outputs: Callable, params: Tree, examples: Any, *, batch_size
     """Return K = J J^T, float32 [N, C, N, C], J the Jacobian of all examples' outputs in the parameters.
 
     outputs: (params, example) -> [C]. examples: a tree whose leaves have a leading axis N. batch_size: examples whose
-    Jacobians are made at once; the N x C rows of one parameter array are held at a time. Source: Jacot et al. 2018, arXiv
+    Jacobians are made at once; all of J, N x C rows as large as params, is held. Source: Jacot et al. 2018, arXiv
     1806.07572.
     """
-    leaves, tree = jax.tree.flatten(params)
-
-    def of_leaf(number):
-        put = lambda leaf: jax.tree.unflatten(tree, [*leaves[:number], leaf, *leaves[number + 1 :]])  # noqa: E731
-        rows = lambda example: jax.jacrev(lambda leaf: outputs(put(leaf), example))(leaves[number])  # noqa: E731
-        jacobian = jax.lax.map(rows, examples, batch_size=batch_size)
-        flat = jacobian.reshape(*jacobian.shape[:2], -1)
-        return jnp.einsum("ncp,mdp->ncmd", flat, flat, precision="highest")
-
-    return sum(of_leaf(number) for number in range(len(leaves)))
+    of_example = lambda example: jax.jacrev(lambda params: outputs(params, example))(params)  # noqa: E731
+    rows = jax.lax.map(of_example, examples, batch_size=batch_size)
+    flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(rows)]
+    return sum(jnp.einsum("ncp,mdp->ncmd", leaf, leaf, precision="highest") for leaf in flat)

@@ -162,25 +162,31 @@ def _run_set(name: str, settings: PromptSetConfig, config: Config) -> dict:
         return Shots(prompts, labels[which], (which + config.seed).astype(np.int32), betas.astype(np.float32),
                      out.astype(np.int32))  # fmt: skip
 
-    def train(members, demonstrations, influence, title):
-        return train_prompts(settings, cloze, params, start.trained, shots(members), test, demonstrations=demonstrations,
-                             influence=influence, title=f"{name}, {title}")  # fmt: skip
-
-    arms, found = arms_of(settings), {}
+    arms, found, left_out = arms_of(settings), {}, {}
+    without = np.arange(min(settings.left_out, labels.shape[1]))
     for demonstrations in (False, True):
         chosen = {arm: beta for arm, (shows, beta) in arms.items() if shows == demonstrations}
         if not chosen:
             continue
-        members = [(n, beta, -1) for beta in chosen.values() for n in range(len(seeds))]
-        answers = train(members, demonstrations, True, "with demonstrations" if demonstrations else "prompts alone")
-        for number, arm in enumerate(chosen):
-            rows = slice(number * len(seeds), (number + 1) * len(seeds))
+        # every arm under each seed, then the two that are compared without one example of the first seed each
+        members = [(arm, n, beta, -1) for arm, beta in chosen.items() for n in range(len(seeds))]
+        members += [(arm, 0, chosen[arm], n) for arm in (PLAIN, "retroprompt") if arm in chosen for n in without]
+        answers = train_prompts(
+            settings, cloze, params, start.trained, shots([member[1:] for member in members]), test,
+            demonstrations=demonstrations, title=f"{name}, {'with demonstrations' if demonstrations else 'prompts alone'}",
+        )  # fmt: skip
+        for arm in chosen:
+            rows = [n for n, member in enumerate(members) if member[0] == arm and member[3] < 0]
             found[arm] = _of_arm(Answers(*(x[rows] for x in answers)), few[0].test_labels, wrong, settings)
+            rows = [n for n, member in enumerate(members) if member[0] == arm and member[3] >= 0]
+            if rows:
+                before = np.array(found[arm]["probability"][0])[without]
+                left_out[arm] = (before - answers.train_probability[rows, without]).round(5).tolist()
     zero = np.asarray(jax.jit(lambda p: cloze.logits(p, cloze.features(p, test)))(params)).argmax(-1)
     return {
         "parameters": count_params(start.params), "trained": count_params({key: params[key] for key in start.trained}),
         "classes": len(few[0].words), "test": len(few[0].test), "zero_shot": float((zero == few[0].test_labels).mean()),
-        "arms": found, "left_out": _without(settings, labels.shape[1], train, found), **start.notes,
+        "arms": found, "left_out": left_out, **start.notes,
     }  # fmt: skip
 
 
@@ -210,18 +216,6 @@ def _of_arm(answers: Answers, labels: np.ndarray, wrong: np.ndarray, settings: P
     }  # fmt: skip
 
 
-def _without(settings: PromptSetConfig, count: int, train, found: dict) -> dict:
-    """Return, for the first examples of the first seed, how far P falls when the model is trained without it, by arm."""
-    out = {}
-    which = range(min(settings.left_out, count))
-    for arm in (PLAIN, "retroprompt") if which else ():
-        demonstrations, beta = arms_of(settings)[arm]
-        answers = train([(0, beta, n) for n in which], demonstrations, False, f"{arm}, without one example each")
-        before = np.array(found[arm]["probability"][0])[: len(which)]
-        out[arm] = (before - answers.train_probability[np.arange(len(which)), np.arange(len(which))]).round(5).tolist()
-    return out
-
-
 _COLUMNS = (
     ("accuracy", "test accuracy, weights alone"), ("with_neighbours", "with neighbours"),
     ("neighbours_alone", "neighbours alone"),
@@ -242,8 +236,8 @@ def _results(findings: dict, sets: dict) -> dict:
         tables.append({
             "key": name, "title": f"{name}: {found['parameters']:,} parameters, {found['trained']:,} trained",
             "columns": [title for _, title in _COLUMNS] + ["memorization (mean self-influence)"], "rows": rows,
-            "note": f"{sets[name].shots} examples of each of {found['classes']} labels, {found['test']:,} test texts; with no "
-                    f"training accuracy {found['zero_shot']:.3f}. Mean over seeds and their range.",
+            "note": f"{sets[name].shots} examples of each of {found['classes']} labels, {found['test']:,} test texts. "
+                    f"Without training accuracy is {found['zero_shot']:.3f}. Mean over seeds and their range.",
         })  # fmt: skip
         charts += _charts(name, found, sets[name])
         claims += _claims(name, found, sets[name])

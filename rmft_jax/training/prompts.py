@@ -49,7 +49,7 @@ class Answers(NamedTuple):
 
     test_logits: [R, M, C], scores of the labels' words under the weights. similarity, neighbours: [R, M, k], of the test
     prompts' nearest training examples, and their labels. train_probability: [R, N], what the weights give each example's
-    label. influence: [R, N], self-influence of each example, NaN where it was not asked for.
+    label. influence: [R, N], self-influence of each example, of those left out without meaning.
     """
 
     test_logits: np.ndarray
@@ -61,14 +61,14 @@ class Answers(NamedTuple):
 
 def train_prompts(
     config: PromptSetConfig, cloze: Cloze, params: dict, trained: tuple[str, ...], shots: Shots, test: Prompts, *,
-    demonstrations: bool, influence: bool, title: str,
+    demonstrations: bool, title: str,
 ) -> Answers:  # fmt: skip
     """Train each member from `params` on its examples and question it.
 
     trained: keys of params that are trained; the others stay. demonstrations: show each prompt its neural demonstrations.
     The datastore is the members' training examples, its keys refreshed before each epoch; no example finds itself.
     """
-    init, epoch_of, questions = _programs(config, cloze, trained, demonstrations, influence)
+    init, epoch_of, questions = _programs(config, cloze, trained, demonstrations)
     count, size = shots.labels.shape
     group = Members(count, together=config.together)
     shared = group.shared(jax.tree.map(np.asarray, (params, test)))
@@ -83,7 +83,7 @@ def train_prompts(
     return Answers(*jax.device_get(found))
 
 
-def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], demonstrations: bool, influence: bool):
+def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], demonstrations: bool):
     """Return the functions that make a member's state, take it through an epoch, and question it."""
     optimizer = optax.adam(config.learning_rate)
     classes, most = len(cloze.words), max(config.k)
@@ -139,14 +139,13 @@ def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], d
             nobody = jnp.full(len(queries), -1)
             return logits_of(params, store, prompts, queries, nobody), found.similarity, found.labels
 
-        said = jax.lax.map(lambda one: jax.tree.map(lambda x: x[0], of_batch(jax.tree.map(lambda x: x[None], one))), test,
-                           batch_size=64)  # fmt: skip
+        alone = lambda prompt: jax.tree.map(lambda x: x[0], of_batch(jax.tree.map(lambda x: x[None], prompt)))  # noqa: E731
+        said = jax.lax.map(alone, test, batch_size=64)
         logits = logits_of(params, store, shots.prompts, store.keys, every)
         likely = jnp.take_along_axis(jax.nn.softmax(logits), shots.labels[:, None], axis=1)[:, 0]
-        scores = _influence(state["params"], shared[0], store, shots) if influence else jnp.full(len(every), jnp.nan)
-        return state, (*said, likely, scores)
+        return state, (*said, likely, influence(state["params"], shared[0], store, shots))
 
-    def _influence(trainable, frozen, store, shots):
+    def influence(trainable, frozen, store, shots):
         """Return the self-influence of each example under the weighted loss that was trained, the datastore as it is."""
         every = jnp.arange(len(shots.labels))
 
