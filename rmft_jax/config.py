@@ -673,10 +673,43 @@ class PromptSetConfig:
 
 
 @dataclass(frozen=True)
+class LookupArmConfig:
+    """One way of training a language model beside a datastore.
+
+    vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
+    loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
+    these learn what the store does not know). The neighbours of a token are those in other documents.
+    """
+
+    vary: dict[str, typing.Any] = field(default_factory=dict)
+    loss: str = "plain"
+
+
+@dataclass(frozen=True)
+class LookupTextConfig:
+    """GPTs with a datastore of their training text in `rmft study retroprompt`.
+
+    changes: to the config, of all arms. arms: name -> how it is trained, the first one plainly; empty = none.
+    epochs: passes over the text; refresh: epochs between one look at all neighbours and the next.
+    k, share, temperature, beta: of P_kNN by squared distance, lambda, and the guided loss.
+    """
+
+    changes: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, LookupArmConfig] = field(default_factory=dict)
+    epochs: int = 16
+    refresh: int = 2
+    k: int = 16
+    share: float = 0.5
+    temperature: float = 10.0
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
 class RetroPromptConfig:
     """What `rmft study retroprompt` does: each of `sets`, name -> classification, then `text`, the language model."""
 
     sets: dict[str, PromptSetConfig] = field(default_factory=dict)
+    text: LookupTextConfig = field(default_factory=LookupTextConfig)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from rmft_jax.models.cloze import Cloze, Prompts, read_lower
 from rmft_jax.models.gpt import count_params, init_params
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, curve, frame, over_seeds, part, rank_correlation
+from rmft_jax.studies.retroprompt_text import arm_configs, text_results, train_arm
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.prompts import Answers, Shots, pretrain, train_prompts
 
@@ -49,19 +50,33 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
     Raises UserError, before anything is trained, when the settings break a rule or texts cannot be read.
     """
     sets, out = config.study.retroprompt.sets, Path(config.out)
-    if not sets:
-        raise UserError("study.retroprompt.sets is empty: see configs/studies/retroprompt_cpu.yaml for some")
+    arms = arm_configs(config)
+    if not sets and not arms:
+        raise UserError("study.retroprompt has neither sets nor text.arms: see configs/studies/retroprompt_cpu.yaml")
     for name, settings in sets.items():
         _check(name, settings, config)
     findings: dict = {}
-    for number, (name, chosen) in enumerate(sets.items(), 1):
-        settings = dataclasses.asdict(chosen) | {"seeds": config.study.seeds, "seed": config.seed}
-        if not chosen.start:
-            settings |= {key: to_dict(config)[key] for key in ("model", "training", "tokenizer")}
-        make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
-        title = f"study retroprompt: part {number} of {len(sets)}, {name}"
-        findings[name] = part(out / "parts" / f"{name}.json", settings, make, title)
-        results = frame("retroprompt", command, config.study.seeds, number, len(sets)) | _results(findings, sets)
+    texts: dict = {}
+    todo = [*sets, *arms]
+    for number, name in enumerate(todo, 1):
+        title = f"study retroprompt: part {number} of {len(todo)}, {name}"
+        if number <= len(sets):
+            chosen = sets[name]
+            settings = dataclasses.asdict(chosen) | {"seeds": config.study.seeds, "seed": config.seed}
+            if not chosen.start:
+                settings |= {key: to_dict(config)[key] for key in ("model", "training", "tokenizer")}
+            make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
+            findings[name] = part(out / "parts" / f"{name}.json", settings, make, title)
+        else:
+            lookup = dataclasses.asdict(config.study.retroprompt.text)
+            settings = to_dict(arms[name]) | {"lookup": lookup | {"arms": {}, "loss": lookup["arms"][name]["loss"]}}
+            make = lambda: train_arm(config, name, arms[name])  # noqa: B023, E731
+            texts[name] = part(out / "parts" / f"text-{name}.json", settings, make, title)
+        results = frame("retroprompt", command, config.study.seeds, number, len(todo)) | _results(findings, sets)
+        if texts:
+            more = text_results(texts, config.study.retroprompt.text)
+            results |= {key: [*results[key], *more[key]] for key in more}
+            results["findings"] = findings | {"text": texts}
         write_json(out / "results.json", results)
     return results
 
