@@ -631,6 +631,97 @@ class MScoreConfig:
 
 
 @dataclass(frozen=True)
+class PromptSetConfig:
+    """Few-shot classification of one set of texts by one model in `rmft study retroprompt`.
+
+    texts, path, text_field, label_field, skip_field, words: what `data.labelled.load_labelled` reads. template: between text
+    and answer. length: tokens of a prompt. shots: training texts of each label; test: texts to test on. flipped: share of
+    the training labels that are made wrong.
+    start: a folder that `rmft convert import` wrote, of which the last `trained_blocks` blocks are trained; "" = `model`,
+    pre-trained on `pretrain_texts` made-up reviews without labels for `pretrain_epochs`, of which all is trained.
+    causal: the left-to-right form; false = a masked language model. together: members in one batched program.
+    epochs, batch_size, learning_rate: of Adam on the few examples.
+    demonstrations: m, the examples that each class's neural demonstration is made of, 0 = none are tried.
+    betas: of the guided loss; beta, share, at_k: beta, lambda and k of the whole method. train_k: neighbours that guide the
+    loss. k, shares: what the sweep over k and lambda takes. temperature: of P_kNN, 1 = the paper.
+    damping: of the curvature in influence scores. left_out: runs without one example, for each of so many of the first
+    seed, to hold influence scores against, 0 = none.
+    """
+
+    texts: str = "reviews"
+    path: str = ""
+    text_field: str = "text"
+    label_field: str = "label"
+    skip_field: str = ""
+    words: dict[str, typing.Any] = field(default_factory=dict)
+    template: str = " It was"
+    length: int = 48
+    shots: int = 16
+    test: int = 500
+    flipped: float = 0.0
+    start: str = ""
+    trained_blocks: int = 1
+    pretrain_texts: int = 4000
+    pretrain_epochs: int = 6
+    causal: bool = True
+    together: bool = True
+    epochs: int = 30
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    demonstrations: int = 8
+    betas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    beta: float = 0.1
+    share: float = 0.2
+    at_k: int = 16
+    train_k: int = 16
+    k: tuple[int, ...] = (1, 4, 16)
+    shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    temperature: float = 1.0
+    damping: float = 0.01
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class LookupArmConfig:
+    """One way of training a language model beside a datastore.
+
+    vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
+    loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
+    these learn what the store does not know). The neighbours of a token are those in other documents.
+    """
+
+    vary: dict[str, typing.Any] = field(default_factory=dict)
+    loss: str = "plain"
+
+
+@dataclass(frozen=True)
+class LookupTextConfig:
+    """GPTs with a datastore of their training text in `rmft study retroprompt`.
+
+    changes: to the config, of all arms. arms: name -> how it is trained, the first one plainly; empty = none.
+    epochs: passes over the text; refresh: epochs between one look at all neighbours and the next.
+    k, share, temperature, beta: of P_kNN by squared distance, lambda, and the guided loss.
+    """
+
+    changes: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, LookupArmConfig] = field(default_factory=dict)
+    epochs: int = 16
+    refresh: int = 2
+    k: int = 16
+    share: float = 0.5
+    temperature: float = 10.0
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class RetroPromptConfig:
+    """What `rmft study retroprompt` does: each of `sets`, name -> classification, then `text`, the language model."""
+
+    sets: dict[str, PromptSetConfig] = field(default_factory=dict)
+    text: LookupTextConfig = field(default_factory=LookupTextConfig)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -639,7 +730,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score: what the studies of that name take in the place of methods, budgets and pretrain.
+    scaling, early_learning, m_score, retroprompt: what the studies of that name take in the place of methods, budgets and
+    pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -649,6 +741,7 @@ class StudyConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
     m_score: MScoreConfig = field(default_factory=MScoreConfig)
+    retroprompt: RetroPromptConfig = field(default_factory=RetroPromptConfig)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> 
     documents.faults["repeated id"] += len(seen) - len(np.unique(np.array(seen, np.int64)))
 
 
-def _open(path: str) -> IO[bytes]:
+def open_bytes(path: str) -> IO[bytes]:
+    """Open a file for reading, decompressed where its name ends in .gz or .zst."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
@@ -209,7 +210,7 @@ def _decode(data: bytes) -> tuple[str, tuple[str, ...]]:
 
 def _jsonl(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield a record for each line that is not blank."""
-    with _open(path) as lines:
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -246,7 +247,7 @@ def _field(record, config: SourceConfig, where: str, faults: tuple[str, ...] = (
 def _csv(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the rows of a file of comma-separated values whose first row names the columns."""
     csv.field_size_limit(2**31 - 1)
-    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.DictReader(file)
         try:
             for row in rows:
@@ -278,7 +279,7 @@ def _parquet(path: str, config: SourceConfig) -> Iterator[Record]:
 
 def _mbox(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the messages of an mbox file."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for raw in read_mbox(file):
             text, faults = text_of(raw)
             yield Record(text, "", "", faults)
@@ -313,7 +314,7 @@ def _tfds(path: str, config: SourceConfig) -> Iterator[Record]:
 def _text(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the documents of a text file, separated by a line that holds `config.separator` alone."""
     lines: list[bytes] = []
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for line in file:
             if line.rstrip(b"\r\n") == config.separator.encode():
                 yield _plain(lines, config)

@@ -113,9 +113,9 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
         seen = np.asarray(checkpoints.restore(step, target, items=("progress",))["seen"]) & ~planted
         values, leaks = {}, {}
         for name, rows in prompts.items():
-            generated = _generate(decoder, params, rows, config.audit.batch_size)
-            values[name] = _leaked_values(rows, generated, config, prepared.tokenizer)
-            leaks[name] = _identify(values[name], prepared.identity_key, known, ignore, reveal)
+            generated = generate(decoder, params, rows, config.audit.batch_size)
+            values[name] = leaked_values(rows, generated, config, prepared.tokenizer)
+            leaks[name] = identify(values[name], prepared.identity_key, known, ignore, reveal)
         subject = Subject(
             _model(config, prepared, params),
             samples,
@@ -164,8 +164,11 @@ def _target(config: Config, prepared: Prepared) -> dict:
     return abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
 
 
-def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
-    """Decode all prompts on all devices; the last batch is filled up, so that one program serves them all."""
+def generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
+    """Return what `decoder` writes after each prompt, int32 [N, new tokens], on all devices.
+
+    The last batch is filled up, so that one program serves them all.
+    """
     total = len(prompts.tokens)
     batch_size = rows_for(min(batch_size, total))
     out = []
@@ -175,7 +178,7 @@ def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
     return np.concatenate(out)[:total]
 
 
-def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
+def leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
     """Return the values that each prompt brought out."""
     return [
         find_leaks(tokenizer.decode(tokens[valid]), tokenizer.decode(new), detector(config.pii))
@@ -183,7 +186,7 @@ def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Token
     ]
 
 
-def _identify(values: list[list[str]], key: bytes, known: dict[str, int], ignore: set[str], reveal: bool) -> list[dict]:
+def identify(values: list[list[str]], key: bytes, known: dict[str, int], ignore: set[str], reveal: bool) -> list[dict]:
     """Return a record for each value leaked by each prompt: prompt number, identity (null = not in the data), hash.
 
     ignore: hashes of values that count in no rate, those of canaries.

@@ -14,6 +14,7 @@ STUDIES = {
     "rmft": "randomized masked fine-tuning against its rivals",
     "early-learning": "right labels are learned first, wrong ones memorized later, unless regularized",
     "m-score": "which training examples generative models memorize",
+    "retroprompt": "whether looking examples up lowers what is memorized of them",
     "scaling": "how fast models of different sizes memorize, and forget",
 }
 
