@@ -62,18 +62,19 @@ from rmft_jax.kernels.membership import (
     zlib_score,
 )
 from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized, memorized, run_lengths, slice_counts
+from rmft_jax.kernels.neighbours import METRICS, Neighbours, nearest_neighbours
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "PII", "POLICIES", "Rule", "Runs", "SURROGATE", "Spans",
-    "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit", "attention", "average_weights",
-    "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy", "document_mask",
-    "document_positions", "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts",
-    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
-    "goldfish_mask", "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp", "loss_score", "m_score",
-    "mask_batch", "memorized", "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "queries_needed",
-    "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values",
-    "splice", "splice_reference", "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below",
-    "update_top_targets", "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "METRICS", "MaskedBatch", "Neighbours", "PII", "POLICIES", "Rule",
+    "Runs", "SURROGATE", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit", "attention",
+    "average_weights", "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "cross_entropy",
+    "document_mask", "document_positions", "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target",
+    "example_counts", "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized",
+    "fused_attention", "goldfish_mask", "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp",
+    "loss_score", "m_score", "mask_batch", "memorized", "min_k_plus_plus_score", "min_k_score", "mixup",
+    "n_p_discoverable", "nearest_neighbours", "queries_needed", "reference_score", "replaced_components", "replaced_spans",
+    "rotary", "rotary_angles", "run_lengths", "slice_counts", "span_values", "splice", "splice_reference", "target_mask",
+    "token_nll", "top_penalty", "top_targets", "uniform_below", "update_top_targets", "vocabulary_statistics",
+    "why_not_fused", "window_hash", "zlib_score",
 ]  # fmt: skip
