@@ -655,8 +655,8 @@ class DejaVuArmConfig:
 class CaptionedSetConfig:
     """Dual encoders of one set of captioned images in `rmft study deja-vu`.
 
-    images, path, limit, side: what `data.captions.load_captions` reads. For each seed the records are shuffled, and the first
-    train, train, public, heldout of them are A, B, the public set, and pairs that no model sees.
+    images, path, limit, side: what `data.captions.load_captions` reads. For each seed the records are shuffled: the first
+    train are A, then train B, public the public set, and heldout pairs that no model sees.
     vocab_size, caption_tokens: of the byte-pair encoding, and of the longest caption. encoder: the model.
     epochs, batch_size, learning_rate (Adam, a linear fall to 0 after a rise over the first twentieth): of training.
     score_at: epochs at which all is measured; epochs too, always. neighbours: k. recall_at: what retrieval is measured at.
@@ -700,7 +700,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score, deja_vu: what the studies of that name take in the place of methods, budgets and pretrain.
+    scaling, early_learning, m_score, deja_vu: what the studies of that name take, in the place of methods, budgets and
+    pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)

@@ -126,7 +126,7 @@ def _tfds(path: str, limit: int, side: int) -> CaptionedImages:
         raise UserError(f"TFDS has no {name} prepared ({error}): prepare it as array_record, or name another set") from None
     key = next((key for key in ("caption", "captions", "text") if key in features), None)
     if key is None or "image" not in features:
-        raise UserError(f"{name} has the features {', '.join(features)}: name a set with image and caption, captions or text")
+        raise UserError(f"{name} has the features {', '.join(features)}: name a set with image and caption or captions")
     images, captions, lists = [], [], []
     for number in range(min(limit or len(source), len(source))):
         record = source[number]

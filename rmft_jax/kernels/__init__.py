@@ -45,6 +45,7 @@ from rmft_jax.kernels.fingerprint import fingerprint
 from rmft_jax.kernels.fused_attention import FUSED_ATTENTION, fused_attention, why_not_fused
 from rmft_jax.kernels.goldfish import GOLDFISH, goldfish_mask, window_hash
 from rmft_jax.kernels.importance import importance_weighted_log_likelihood, logmeanexp, m_score
+from rmft_jax.kernels.inverted_file import InvertedFile, build_inverted_file, search_inverted_file
 from rmft_jax.kernels.masking import (
     PII,
     POLICIES,
@@ -76,16 +77,17 @@ from rmft_jax.kernels.neighbours import Neighbours, nearest_neighbours
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "MaskedBatch", "Neighbours", "PII", "POLICIES", "Rule", "Runs",
-    "SURROGATE", "Scores", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit",
-    "attention", "aucg", "average_weights", "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax",
-    "contrastive_loss", "cross_entropy", "document_mask", "document_positions", "draw_surrogates",
+    "CrossEntropy", "FUSED_ATTENTION", "GOLDFISH", "InvertedFile", "MaskedBatch", "Neighbours", "PII", "POLICIES", "Rule",
+    "Runs", "SURROGATE", "Scores", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch", "TopTargets", "all_hit",
+    "attention", "aucg", "average_weights", "build_inverted_file", "causal_attention", "causal_mask", "choose_surrogates",
+    "clipped_softmax", "contrastive_loss", "cross_entropy", "document_mask", "document_positions", "draw_surrogates",
     "early_learning_penalty", "elr_loss", "elr_update_target", "example_counts", "exposure_by_rank", "extraction_strength",
     "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention", "goldfish_mask",
     "importance_weighted_log_likelihood", "is_real_value", "kl_loss", "logmeanexp", "loss_score", "m_score", "mask_batch",
     "memorized", "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "nearest_neighbours",
     "neighbour_objects", "object_scores", "population_gap", "queries_needed", "recall_survival", "reference_score",
-    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "sample_gaps", "slice_counts",
-    "span_values", "splice", "splice_reference", "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below",
-    "update_top_targets", "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
+    "replaced_components", "replaced_spans", "rotary", "rotary_angles", "run_lengths", "sample_gaps",
+    "search_inverted_file", "slice_counts", "span_values", "splice", "splice_reference", "target_mask", "token_nll",
+    "top_penalty", "top_targets", "uniform_below", "update_top_targets", "vocabulary_statistics", "why_not_fused",
+    "window_hash", "zlib_score",
 ]  # fmt: skip

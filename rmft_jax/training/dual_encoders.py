@@ -53,7 +53,7 @@ def train_dual_encoders(
     *,
     title: str,
 ) -> Iterator[Embeddings]:
-    """Train one model for each row of `rows`; yield what they make of all records at each epoch of config.score_at, and last.
+    """Train one model for each row of `rows`; yield what they make of all records, at config.score_at and in the end.
 
     rows: int [models, n], the records that each is trained on. seeds, arms: of each model. Models of one seed start alike.
     With fewer models than devices, each model's batch is split over several.
