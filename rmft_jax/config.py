@@ -722,6 +722,76 @@ class RetroPromptConfig:
 
 
 @dataclass(frozen=True)
+class DualEncoderConfig:
+    """An image tower and a text tower. image: mlp | conv | vit; widths: layers of an mlp or a conv; patch: side of a vit's.
+
+    layers, width, heads: of the GPT that reads captions, and of a vit. dimensions: of the space in which both meet.
+    """
+
+    image: str = "mlp"
+    widths: tuple[int, ...] = (256,)
+    patch: int = 4
+    layers: int = 1
+    width: int = 64
+    heads: int = 2
+    dimensions: int = 64
+
+
+@dataclass(frozen=True)
+class DejaVuArmConfig:
+    """What keeps a dual encoder from memorizing its captions.
+
+    masking: the share of a caption's tokens that is hidden, drawn afresh each epoch; replacement: placeholder (one token
+    for all) | surrogate (tokens of other captions). max_scale: of the logits, one over the lowest temperature.
+    """
+
+    masking: float = 0.0
+    replacement: str = "placeholder"
+    max_scale: float = 100.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class CaptionedSetConfig:
+    """Dual encoders of one set of captioned images in `rmft study deja-vu`.
+
+    images, path, limit, side: what `data.captions.load_captions` reads. For each seed the records are shuffled: the first
+    train are A, then train B, public the public set, and heldout pairs that no model sees.
+    vocab_size, caption_tokens: of the byte-pair encoding, and of the longest caption. encoder: the model.
+    epochs, batch_size, learning_rate (Adam, a linear fall to 0 after a rise over the first twentieth): of training.
+    score_at: epochs at which all is measured; epochs too, always. neighbours: k. recall_at: what retrieval is measured at.
+    together: all models in one batched program, false = one after the other.
+    arms: name -> a way to train; the first one is without a defence.
+    """
+
+    images: str = "glyphs"
+    path: str = ""
+    limit: int = 0
+    side: int = 32
+    train: int = 2000
+    public: int = 4000
+    heldout: int = 2000
+    vocab_size: int = 2000
+    caption_tokens: int = 16
+    encoder: DualEncoderConfig = field(default_factory=DualEncoderConfig)
+    epochs: int = 100
+    batch_size: int = 200
+    learning_rate: float = 2e-3
+    score_at: tuple[int, ...] = ()
+    neighbours: int = 10
+    recall_at: tuple[int, ...] = (1, 10)
+    together: bool = True
+    arms: dict[str, DejaVuArmConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DejaVuConfig:
+    """What `rmft study deja-vu` does: each of `sets`, name -> dual encoders of captioned images."""
+
+    sets: dict[str, CaptionedSetConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -730,8 +800,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score, retroprompt: what the studies of that name take in the place of methods, budgets and
-    pretrain.
+    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take in the place of methods, budgets
+    and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -742,6 +812,7 @@ class StudyConfig:
     early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
     m_score: MScoreConfig = field(default_factory=MScoreConfig)
     retroprompt: RetroPromptConfig = field(default_factory=RetroPromptConfig)
+    deja_vu: DejaVuConfig = field(default_factory=DejaVuConfig)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from rmft_jax.kernels import nearest_neighbours
+from rmft_jax.kernels import build_inverted_file, nearest_neighbours, search_inverted_file
 from rmft_jax.kernels.neighbours import smallest
 
 
@@ -82,3 +82,38 @@ def test_bad_input_is_named():
         nearest_neighbours(vectors(2, 3), vectors(5, 3), 1, metric="l2")
     with pytest.raises(ValueError, match="k is 6: choose a number from 1 to that of the keys, 5"):
         nearest_neighbours(vectors(2, 3), vectors(5, 3), 6)
+
+
+def clustered(count, seed, width=16):
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(40, width))
+    rng = np.random.default_rng(seed)
+    return (centres[rng.integers(40, size=count)] + 0.4 * rng.normal(size=(count, width))).astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "inner_product"])
+def test_an_inverted_file_is_exact_with_all_cells_and_nearly_so_with_few(metric):
+    keys, queries = clustered(3001, 0), clustered(100, 1)
+    file = build_inverted_file(keys, clusters=50, metric=metric)
+    assert sorted(np.asarray(file.indices)[np.asarray(file.indices) >= 0].tolist()) == list(range(3001))  # each once
+    exact = nearest_neighbours(queries, keys, 10, metric=metric)
+    every = search_inverted_file(file, queries, 10, probes=len(file.rows), metric=metric)
+    np.testing.assert_array_equal(every.indices, exact.indices)
+    np.testing.assert_allclose(every.distances, exact.distances, rtol=1e-4, atol=1e-5)
+    few = search_inverted_file(file, queries, 10, probes=10, metric=metric)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(few.indices.tolist(), exact.indices.tolist(), strict=True)])
+    assert recall > 0.95 and (np.asarray(few.distances) >= np.asarray(exact.distances) - 1e-5).all()
+
+
+def test_an_inverted_file_leaves_out_what_it_is_told_to():
+    keys = clustered(500, 0)
+    file = build_inverted_file(keys, clusters=20, size=16)
+    assert file.rows.shape[1] == 16
+    found = search_inverted_file(file, keys, 3, probes=len(file.rows), exclude=np.arange(500), block=8)
+    np.testing.assert_array_equal(found.indices, nearest_neighbours(keys, keys, 3, exclude=np.arange(500)).indices)
+    with pytest.raises(ValueError, match="probes are 0: choose a number from 1 to that of the cells"):
+        search_inverted_file(file, keys, 3, probes=0)
+    with pytest.raises(ValueError, match="k is 17: 1 cells hold 16 keys, choose more probes"):
+        search_inverted_file(file, keys, 17, probes=1)
+    with pytest.raises(ValueError, match="clusters are 501: choose a number from 1 to that of the keys, 500"):
+        build_inverted_file(keys, clusters=501)

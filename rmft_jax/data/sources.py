@@ -347,7 +347,7 @@ def first_rows(path: str, format: str, count: int) -> list[dict]:
     if format == "parquet":
         with _library("pyarrow.parquet", path).ParquetFile(path) as file:
             return next((batch.to_pylist() for batch in file.iter_batches(batch_size=count)), [])
-    with _open(path) as lines:
+    with open_bytes(path) as lines:
         if format == "csv":
             csv.field_size_limit(2**31 - 1)
             text = io.TextIOWrapper(lines, encoding="utf-8", errors="replace", newline="")
@@ -361,5 +361,5 @@ def first_rows(path: str, format: str, count: int) -> list[dict]:
 
 def first_bytes(path: str, count: int) -> bytes:
     """Return the first bytes of a file, of a .gz or .zst one those that it unpacks to."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         return file.read(count)

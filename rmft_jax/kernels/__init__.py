@@ -9,7 +9,17 @@ from rmft_jax.kernels.attention import (
     rotary,
     rotary_angles,
 )
+from rmft_jax.kernels.contrastive import contrastive_loss
 from rmft_jax.kernels.cross_entropy import CrossEntropy, cross_entropy, target_mask, token_nll
+from rmft_jax.kernels.deja_vu import (
+    Scores,
+    aucg,
+    neighbour_objects,
+    object_scores,
+    population_gap,
+    recall_survival,
+    sample_gaps,
+)
 from rmft_jax.kernels.early_learning import (
     TopTargets,
     average_weights,
@@ -46,6 +56,7 @@ from rmft_jax.kernels.influence import (
     self_influence,
     tangent_kernel,
 )
+from rmft_jax.kernels.inverted_file import InvertedFile, build_inverted_file, search_inverted_file
 from rmft_jax.kernels.masking import (
     PII,
     POLICIES,
@@ -88,18 +99,20 @@ from rmft_jax.kernels.retrieval import (
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "Datastore", "FUSED_ATTENTION", "GOLDFISH", "METRICS", "MaskedBatch", "Neighbours", "PII",
-    "POLICIES", "Retrieved", "Rule", "Runs", "SURROGATE", "Spans", "Spliced", "SurrogateBank", "TEXT", "TaggedBatch",
-    "TopTargets", "all_hit", "attention", "average_weights", "causal_attention", "causal_mask", "choose_surrogates",
-    "clipped_softmax", "conjugate_gradients", "cross_entropy", "delete", "document_mask", "document_positions",
-    "draw_surrogates", "early_learning_penalty", "elr_loss", "elr_update_target", "exact_solver", "example_counts",
-    "exposure_by_rank", "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
+    "CrossEntropy", "Datastore", "FUSED_ATTENTION", "GOLDFISH", "InvertedFile", "METRICS", "MaskedBatch", "Neighbours",
+    "PII", "POLICIES", "Retrieved", "Rule", "Runs", "SURROGATE", "Scores", "Spans", "Spliced", "SurrogateBank", "TEXT",
+    "TaggedBatch", "TopTargets", "all_hit", "attention", "aucg", "average_weights", "build_inverted_file",
+    "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "conjugate_gradients",
+    "contrastive_loss", "cross_entropy", "delete", "document_mask", "document_positions", "draw_surrogates",
+    "early_learning_penalty", "elr_loss", "elr_update_target", "exact_solver", "example_counts", "exposure_by_rank",
+    "extraction_strength", "filtered_log_prob", "fingerprint", "first_memorized", "fused_attention",
     "gauss_newton_product", "goldfish_mask", "hessian_product", "importance_weighted_log_likelihood", "influence",
     "interpolate", "is_real_value", "kernel_self_influence", "kl_loss", "knn_guided_loss", "knn_probabilities",
     "knn_probability", "lissa", "logmeanexp", "loss_score", "m_score", "mask_batch", "memorized",
-    "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "nearest_neighbours", "neural_demonstrations",
-    "queries_needed", "reference_score", "replaced_components", "replaced_spans", "retrieve", "rotary", "rotary_angles",
-    "run_lengths", "self_influence", "slice_counts", "span_values", "splice", "splice_reference", "tangent_kernel",
-    "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below", "update_top_targets",
+    "min_k_plus_plus_score", "min_k_score", "mixup", "n_p_discoverable", "nearest_neighbours", "neighbour_objects",
+    "neural_demonstrations", "object_scores", "population_gap", "queries_needed", "recall_survival", "reference_score",
+    "replaced_components", "replaced_spans", "retrieve", "rotary", "rotary_angles", "run_lengths", "sample_gaps",
+    "search_inverted_file", "self_influence", "slice_counts", "span_values", "splice", "splice_reference",
+    "tangent_kernel", "target_mask", "token_nll", "top_penalty", "top_targets", "uniform_below", "update_top_targets",
     "vocabulary_statistics", "why_not_fused", "window_hash", "zlib_score",
 ]  # fmt: skip

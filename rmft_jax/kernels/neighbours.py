@@ -14,7 +14,7 @@ import jax.numpy as jnp
 METRICS = ("sqeuclidean", "cosine", "inner_product")
 
 _GROUP = 32  # scores of which the least is taken before any are sorted
-_SPARE = 8  # candidates beyond k that are measured again: rounding must not decide who is among the k
+SPARE = 8  # candidates beyond k that are measured again: rounding must not decide who is among the k
 
 
 class Neighbours(NamedTuple):
@@ -55,9 +55,9 @@ def nearest_neighbours(
     count, (keys_count, width) = len(queries), keys.shape
     _check(k, metric, keys_count)
     queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-    factors, rows, bias = _as_products(queries, keys, metric)
+    factors, rows, bias = as_products(queries, keys, metric)
     bias = bias if valid is None else jnp.where(valid, bias, jnp.inf)
-    taken = min(k + _SPARE, keys_count) if metric == "sqeuclidean" else k
+    taken = min(k + SPARE, keys_count) if metric == "sqeuclidean" else k
 
     key_block = min(key_block, _up(keys_count, _GROUP))
     blocks = -(-keys_count // key_block)
@@ -121,7 +121,7 @@ def _check(k: int, metric: str, count: int) -> None:
         raise ValueError(f"k is {k}: choose a number from 1 to that of the keys, {count}")
 
 
-def _as_products(queries, keys, metric: str):
+def as_products(queries, keys, metric: str):
     """Return a, b, c such that c - <a, b> orders keys as the metric does: float32 [Q, D], [N, D], [N]."""
     if metric == "sqeuclidean":
         mean = jnp.mean(keys, axis=0)  # far from the origin, differences would drown in the squares
