@@ -281,7 +281,7 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu or retroprompt.")],
+    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu, retroprompt.")],
     config: ConfigPath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,

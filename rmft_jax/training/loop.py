@@ -70,13 +70,14 @@ def train(config: Config) -> Path:
     say(describe(run, state) + (f"\n  going on from step {found[0]}" if found else ""))
     if is_main():
         write_json(directory / "run.json", _describe(run))
-    try:
-        with Peers(peer_timeout()) as peers, Preemption() as preemption:
-            _run(run, state, checkpoints, directory, peers, preemption, goodput)
-    finally:
-        with goodput.of("checkpoint"):
-            checkpoints.close()
-        goodput.write()
+    with Peers(peer_timeout()) as peers:  # until the last save is done, which all processes do together
+        try:
+            with Preemption() as preemption:
+                _run(run, state, checkpoints, directory, peers, preemption, goodput)
+        finally:
+            with goodput.of("checkpoint"):
+                checkpoints.close()
+            goodput.write()
     say(describe_goodput(goodput.summary))
     return directory
 
