@@ -800,8 +800,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take in the place of methods, budgets
-    and pretrain.
+    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take in the place of methods,
+    budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
