@@ -13,10 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.bench import scaling
-from rmft_jax.bench.collectives import collectives
 from rmft_jax.config import load_config
 from rmft_jax.errors import UserError
 from rmft_jax.training import loop
+from rmft_jax.training.collectives import collectives
 from rmft_jax.training.memory import estimate, parse_bytes, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, make_mesh, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
