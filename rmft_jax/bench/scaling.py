@@ -37,8 +37,9 @@ def run(config: Config, peer: str = "", *, meshes: tuple[dict, ...] = MESHES) ->
 
     Returns name, device, versions, unit, value (bytes of all collectives of a step, summed over the meshes), peer (the
     rules, see `training.roofline.expected_bytes`), peer_value, ratio (peer_value / value, 1 = nothing but what the rules
-    ask for), and runs: for each mesh its sizes, argument_bytes and temp_bytes of a device, collectives (kind -> count, bytes;
-    see `training.collectives`), bytes, expected (by purpose) and ratio, None where neither sends anything; or skipped, why.
+    ask for), and runs: for each mesh its sizes, argument_bytes and temp_bytes of a device, collectives (kind -> count,
+    bytes; see `training.collectives`), bytes, expected (by purpose) and ratio, None where neither sends anything; or
+    skipped, why.
     Raises UserError for a peer.
     """
     if peer not in ("", "rules"):
