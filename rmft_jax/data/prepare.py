@@ -22,7 +22,7 @@ from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
-from rmft_jax.paths import local_copy
+from rmft_jax.paths import is_remote, local_copy
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.spans import Span
@@ -64,6 +64,9 @@ def prepare(config: Config) -> dict:
     Raises UserError when it was made with others, and for every fault of the source.
     """
     directory = config.data_dir
+    if is_remote(directory) and not directory.exists():
+        with whole_folder(directory) as partial:  # made here, then copied
+            return prepare(dataclasses.replace(config, data=str(partial)))
     if directory.exists():
         manifest = _manifest(directory)
         changed = _changed(manifest, config)
