@@ -76,8 +76,8 @@ def fake_devices(count: int) -> list[jax.Device]:
     return found[:count]
 
 
-def tpu_devices(chip: str, topology: str) -> list[jax.Device]:
-    """Return the devices of a TPU slice that is not there: enough to compile for it.
+def tpu_devices(chip: str, topology: str, slices: int = 1) -> list[jax.Device]:
+    """Return the devices of TPU slices that are not there: enough to compile for them.
 
     Raises UserError when libtpu is missing, or there is no such slice.
     """
@@ -88,8 +88,9 @@ def tpu_devices(chip: str, topology: str) -> list[jax.Device]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}").devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}", **several).devices)
     except Exception as error:
         why = str(error).splitlines()[0][:200] or type(error).__name__
         raise UserError(f"cannot compile for {chip} {topology} ({why}): pip install 'rmft-jax[tpu]', or name a slice "

@@ -287,6 +287,26 @@ def test_what_is_no_slice_is_refused(topology):
         tpu_devices("v5e", topology)
 
 
+def test_copies_lie_across_slices():
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    code = """
+from rmft_jax.config import MeshConfig
+from rmft_jax.devices import tpu_devices
+from rmft_jax.training.mesh import make_mesh
+from rmft_jax.errors import UserError
+devices = tpu_devices("v5e", "2x2", 2)
+mesh = make_mesh(MeshConfig(replica=4, fsdp=2), devices)
+print([{device.slice_index for device in part.flat} for part in mesh.devices])
+try:
+    make_mesh(MeshConfig(replica=1, fsdp=8), devices)
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "[{0}, {0}, {1}, {1}]", done.stderr
+    assert "mesh.replica 1 is not divisible by the 2 slices" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_13b_on_512_devices_compiles_to_what_is_planned():

@@ -173,6 +173,20 @@ def test_libtpu_knows_the_flags():
         assert (done.stdout.strip() == "4") == works, done.stderr
 
 
+def test_a_training_that_is_told_to_stop_is_waited_for(tmp_path):
+    """SIGTERM to the shell alone, as in a container: the training saves and has its say."""
+    lines = ["#!/bin/bash", "trap 'sleep 0.5; echo saved; exit 143' TERM", "echo on", "while :; do sleep 0.1; done", ""]
+    (tmp_path / "rmft").write_text("\n".join(lines))
+    (tmp_path / "rmft").chmod(0o755)
+    make = f"source {SCRIPTS}/lib.sh; REST=(a.yaml); training_loop ''"
+    loop = subprocess.run(["bash", "-c", make], capture_output=True, text=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", "-c", loop.stdout], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "on\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "saved\ntraining ended with exit code 143\n" and process.returncode == 143
+
+
 @pytest.fixture
 def machines(tmp_path):
     """Put stand-ins on the PATH; return the folder that they play in, and how to call a script beside them."""
@@ -274,7 +288,8 @@ def test_hosts_begin_again_when_one_is_lost(machines):
     assert do("ssh.sh", "launch", *HOSTS, *OUT).returncode == 0
     wait_for(lambda: (folder / "started-0").exists() and (folder / "started-1").exists())
     (folder / "down-b").touch()
-    done = do("ssh.sh", "watch", *HOSTS)
+    done = do("ssh.sh", "watch", "--every", "0", *HOSTS)
+    assert done.stderr.count("a host does not answer") == 2
     assert done.returncode == 75 and "two: lost (lost)" in done.stderr
     (folder / "down-b").unlink()
     (folder / "saved").touch()
