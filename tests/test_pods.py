@@ -301,6 +301,36 @@ def test_hosts_begin_again_when_one_is_lost(machines):
     assert re.findall(r"^(\S+): training ended with exit code 0$", said, re.MULTILINE) == ["me@a", "b"]
 
 
+def test_a_job_that_loses_a_process_is_queued_again(machines):
+    """One of four tasks dies, the others end with 75 (srun passes on the highest code): the job asks for another turn."""
+    folder, do = machines
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "venv/bin/activate").write_text(f"export PATH={folder}/venv/bin:$PATH\n")
+    (folder / "venv/bin/rmft").write_text("""#!/bin/bash
+        echo "task $SLURM_PROCID of $SLURM_NTASKS: $* with $NCCL_SOCKET_IFNAME"
+        test -e "$STUB/saved" && exit 0
+        test "$SLURM_PROCID" = 2 && kill -9 $$
+        exit 75\n""")
+    (folder / "venv/bin/rmft").chmod(0o755)
+    where = ["--name", "job", "--nodes", "1", "--gpus", "4", "--venv", str(folder / "venv"), "--interface", "ib0",
+             "--logs", str(folder / "logs"), "--every", "0"]  # fmt: skip
+    done = do("slurm.sh", "launch", *where, *OUT)
+    assert done.returncode == 0 and done.stdout == "4711\n", done.stderr
+    wait_for(lambda: (folder / "requeued").exists())
+    assert do("slurm.sh", "watch", *where).returncode == 1
+    assert "exit code 137" in (folder / "job.log").read_text()
+    (folder / "saved").touch()
+    (folder / "requeued").unlink()
+    assert do("slurm.sh", "resume", *where, *OUT).returncode == 0
+    wait_for(lambda: "training ended" in (folder / "job.log").read_text())
+    done = do("slurm.sh", "watch", "--every", "1", *where[:-2])
+    assert done.returncode == 0 and done.stderr.endswith("job: COMPLETED\n"), done.stderr
+    assert not (folder / "requeued").exists()
+    said = do("slurm.sh", "logs", *where).stdout
+    assert "3: task 3 of 4: train configs/enron_cpu.yaml training.steps=100 name=it's out=/shared/run with ib0" in said
+    assert do("slurm.sh", "delete", *where).returncode == 0
+
+
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="needs Google's gcloud")
 def test_gcloud_knows_the_options():
     """Every option in the expected files is one that `gcloud ... --help` names."""
