@@ -59,13 +59,6 @@ def call(script, *words, path=None, **more):
     return subprocess.run(["bash", SCRIPTS / script, *words], capture_output=True, text=True, env=environment, timeout=90)
 
 
-def test_shellcheck_has_nothing_to_say():
-    files = sorted([*SCRIPTS.glob("*.sh"), *PODS.glob("*.sh")])
-    checker = Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([checker, "--external-sources", *files], capture_output=True, text=True)
-    assert len(files) >= 6 and done.returncode == 0, done.stdout
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name, tmp_path):
     """RMFT_GOLDEN=write writes the expected files anew."""
