@@ -12,12 +12,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rmft_jax.errors import UserError
 from rmft_jax.paths import is_remote, reaching, upload
+
+if TYPE_CHECKING:  # every command starts here, and most have no arrays to read
+    import numpy as np
 
 _NUMBERS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 _DISK = {number: os.strerror(number) for number in _NUMBERS}
@@ -145,17 +146,21 @@ class LineFile:
             write_text(self._path, "".join(self._lines))
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False) -> None:
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False, compress: bool = True) -> None:
     """Write named arrays atomically as .npz (no pickle)."""
     import io
 
+    import numpy as np
+
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_bytes(path, buffer.getvalue(), private=private)
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    write_chunks(path, [buffer.getbuffer()], private=private)
 
 
 def read_arrays(path: Path, what: str, mend: str) -> dict[str, np.ndarray]:
     """Read named arrays written by `write_arrays`."""
+    import numpy as np
+
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
