@@ -324,6 +324,7 @@ def test_a_job_that_loses_a_process_is_queued_again(machines):
     assert do("slurm.sh", "delete", *where).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="needs Google's gcloud")
 def test_gcloud_knows_the_options():
     """Every option in the expected files is one that `gcloud ... --help` names."""
