@@ -19,6 +19,7 @@ chaos: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check rmft_jax tests
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck --external-sources tpu_scripts/*.sh tests/pods/*.sh
 
 # Installs once: again only after the package's metadata or the tested versions have changed.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

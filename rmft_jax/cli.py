@@ -108,6 +108,9 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 1,
     hbm: Annotated[str, typer.Option(help="Memory of each device, such as 80GB, 80GiB or 16e9 [default: no limit].")] = "",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the step too, for as many fake CPU devices.")] = False,
+    chip: Annotated[str, typer.Option(help="v5e, v5p, v6e or h100: the least time of a step, and whether it fits.")] = "",
+    topology: Annotated[str, typer.Option(help="Of a slice, such as 16x16: compile by libtpu, without a TPU.")] = "",
+    scaling: Annotated[str, typer.Option(help="weak or strong: a table of twice as many chips again and again.")] = "",
     as_json: Json = False,
 ) -> None:
     """Say what a run takes of each device, and whether it fits, before there is any; exit code 2 where it does not."""
@@ -116,11 +119,17 @@ def plan(
     settings = load_config(config, overrides or [])
     from rmft_jax.devices import fake_devices
     from rmft_jax.training.memory import parse_bytes
-    from rmft_jax.training.plan import describe, plan
+    from rmft_jax.training.plan import describe, describe_scaling, plan, scaling_table
 
     limit = parse_bytes(hbm) if hbm else None
     fake_devices(devices if compile else 1)
-    result = plan(settings, devices=devices, limit=limit, compile=compile)
+    if scaling not in ("", "weak", "strong") or (scaling and not chip):
+        raise UserError(f"--scaling is {scaling!r}: write weak or strong, and a --chip")
+    if scaling:
+        rows = scaling_table(settings, chip, most=devices, weak=scaling == "weak")
+        print(json.dumps(rows) if as_json else describe_scaling(rows))
+        return
+    result = plan(settings, devices=devices, limit=limit, compile=compile, chip=chip, topology=topology)
     print(json.dumps(result) if as_json else describe(result))
     if result["error"]:
         raise UserError(result["error"])

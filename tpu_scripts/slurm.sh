@@ -80,10 +80,11 @@ job() {
       ;;
   esac
   cat <<END
-$(quoted "${step[@]}" ${start[@]+"${start[@]}"} rmft train "${REST[@]}") &
-trap 'kill -TERM \$!' TERM
-wait \$!; code=\$?
-[ \$code -le 128 ] || { wait \$!; code=\$?; }
+step=
+trap '[ -z "\$step" ] || kill -TERM \$step' TERM
+$(quoted "${step[@]}" ${start[@]+"${start[@]}"} rmft train "${REST[@]}") & step=\$!
+wait \$step; code=\$?
+while kill -0 \$step 2> /dev/null; do wait \$step; code=\$?; done
 echo "training ended with exit code \$code"
 case \$code in 75|134|137|143) [ "\${SLURM_RESTART_COUNT:-0}" -ge ${opt_attempts:-100} ] || scontrol requeue "\$SLURM_JOB_ID" ;; esac
 exit \$code

@@ -34,7 +34,7 @@ from rmft_jax.data.work import work_folder
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
-from rmft_jax.paths import local_copy
+from rmft_jax.paths import is_remote, local_copy
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
 from rmft_jax.progress import say
@@ -83,6 +83,10 @@ def prepare(config: Config, *, workers: int = 0, runner: str = "local", beam_opt
     if runner not in RUNNERS:
         raise UserError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
     directory = config.data_dir
+    if is_remote(directory) and not directory.exists():
+        with whole_folder(directory) as partial:  # made here, then copied
+            there = dataclasses.replace(config, data=str(partial))
+            return prepare(there, workers=workers, runner=runner, beam_options=beam_options)
     if directory.exists():
         manifest = _manifest(directory)
         changed = _changed(manifest, config)
