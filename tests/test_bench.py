@@ -92,7 +92,7 @@ def test_unknown_benchmarks_and_peers_are_refused():
 def test_knn_measures_all_on_the_same_vectors():
     from rmft_jax.bench import knn
 
-    result = knn.run(load_config(), "scikit-learn", keys=2000, queries=50, runs=2)
+    result = knn.run(load_config(), "scikit-learn", keys=500, queries=24, clusters=8, runs=2)
     searches = result["searches"]
     assert {"exact", "approximate", "scikit-learn"} <= set(searches) and len(result["runs"]) == 2
     assert searches["scikit-learn"]["recall"] > 0.999 and 0.99 <= searches["approximate"]["recall"] <= 1

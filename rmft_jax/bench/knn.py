@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,68 +17,77 @@ from rmft_jax.config import Config
 from rmft_jax.devices import by_rows, everywhere
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import build_inverted_file, nearest_neighbours, search_inverted_file
-from rmft_jax.progress import track
+from rmft_jax.progress import say, track
 
-KEYS, QUERIES, WIDTH, K = 100_000, 2_000, 64, 10
-CLUSTERS, PROBES = 512, 8
+KEYS, QUERIES, WIDTH, K, CLUSTERS = 100_000, 2_000, 64, 10, 512
+PEERS = {"faiss-cpu": "faiss", "scikit-learn": "sklearn"}  # package -> module
+_ENOUGH = 0.99  # recall of an approximate search
 _GROUPS, _SPREAD = 1000, 0.6  # of the vectors: groups of images that are alike
 
 
+class Search(NamedTuple):
+    """One way to search. find: cells to visit -> indices, int [Q, K]. build_s: seconds to build an index, None if exact."""
+
+    find: Callable[[int], np.ndarray]
+    build_s: float | None = None
+
+
 def run(
-    config: Config, peer: str = "", *, keys: int = KEYS, queries: int = QUERIES, clusters: int = 512, runs: int = 5
+    config: Config, peer: str = "", *, keys: int = KEYS, queries: int = QUERIES, clusters: int = CLUSTERS, runs: int = 5
 ) -> dict:
     """Time the 10 nearest of `keys` vectors for `queries` others: every search in turn, the order turned round each time.
 
     peer: faiss-cpu (the default) or scikit-learn; both are measured where they are installed, the peer is what the ratio is
-    against. Approximate searches of both sides have as many clusters; each visits the fewest cells, of 1, 2, 4, ..., with
+    against. Approximate searches of both sides have as many clusters; each visits the fewest cells, of 4, 8, 16, ..., with
     which it finds 99% of the neighbours. Compilation and the building of an index are left out, the latter is stated.
     Returns name, device, versions, unit, shape, value and peer_value (medians, queries a second, exact), ratio (median over
-    the runs), searches (of each: queries_per_s, recall, against_ours; of an approximate one also probes and build_s), and
+    the runs), searches (of each: queries_per_s, recall, ours_over_it; of an approximate one also probes and build_s), and
     runs: queries a second of ours and the peer.
 
     Raises UserError for another peer, or one that is not installed.
     """
     peer = peer or "faiss-cpu"
-    if peer not in ("faiss-cpu", "scikit-learn"):
-        raise UserError(f"bench knn knows no peer {peer!r}: choose one of faiss-cpu, scikit-learn")
+    if peer not in PEERS:
+        raise UserError(f"bench knn knows no peer {peer!r}: choose one of {', '.join(PEERS)}")
+    there = [package for package, module in PEERS.items() if importlib.util.find_spec(module)]
+    if peer not in there:
+        raise UserError(f"bench knn needs {peer}: pip install 'rmft-jax[bench]', or choose another --peer")
+    for package in set(PEERS) - set(there):
+        say(f"{package} is not installed and not measured: pip install 'rmft-jax[bench]'")
     x, q = _vectors(keys, queries)
-    clusters = min(CLUSTERS, keys // 20)
-    searches, more = {}, {}
-    ours, theirs = _ours(x, q, clusters), _peers(x, q, clusters, peer)
-    exact = np.asarray(ours["exact"][0]().indices)
-    for name, (search, index_of, facts) in (ours | theirs).items():
-        probes = 1
-        while "build_s" in facts:  # approximate
-            search, index_of = facts["search"](probes)
-            if recall(index_of(search()), exact) >= 0.99 or probes >= clusters:
-                break
-            probes *= 2
-        more[name] = {"recall": recall(index_of(search()), exact)}
-        if "build_s" in facts:
-            more[name] |= {"probes": probes, "build_s": round(facts["build_s"], 2)}
-        searches[name] = search
-    rates = {name: [] for name in searches}
+    searches = _ours(x, q, clusters)
+    searches |= _scikit_learn(x, q) if "scikit-learn" in there else {}
+    searches |= _faiss(x, q, clusters) if "faiss-cpu" in there else {}
+    exact = searches["exact"].find(0)
+    probes = {name: _fewest(search, exact, clusters) for name, search in searches.items()}
+    found = {name: recall(search.find(probes[name]), exact) for name, search in searches.items()}
+    rates: dict[str, list] = {name: [] for name in searches}
     for number in track(range(runs), "bench knn", runs):
         for name in list(searches)[:: 1 if number % 2 else -1]:
             begin = time.perf_counter()
-            searches[name]()
+            searches[name].find(probes[name])
             rates[name].append(queries / (time.perf_counter() - begin))
-    rival = {"faiss-cpu": "faiss-cpu exact", "scikit-learn": "scikit-learn"}[peer]
-    ratio = lambda a, b: float(np.median(np.array(rates[a]) / rates[b]))  # noqa: E731
-    like = {name: "approximate" if "build_s" in more[name] else "exact" for name in searches}
+    rival = "faiss-cpu exact" if peer == "faiss-cpu" else peer
+    over = lambda a, b: float(np.median(np.array(rates[a]) / rates[b]))  # noqa: E731
+    each = {}
+    for name, search in searches.items():
+        each[name] = {
+            "queries_per_s": float(np.median(rates[name])),
+            "recall": found[name],
+            "ours_over_it": over("exact" if search.build_s is None else "approximate", name),
+        }
+        if search.build_s is not None:
+            each[name] |= {"probes": probes[name], "build_s": round(search.build_s, 2)}
     return {
         "name": "knn",
-        **environment("numpy", *_installed()),
+        **environment("numpy", *there),
         "unit": "queries/s",
         "shape": {"keys": keys, "queries": queries, "width": WIDTH, "k": K, "clusters": clusters, "threads": _threads()},
         "value": float(np.median(rates["exact"])),
         "peer": rival,
         "peer_value": float(np.median(rates[rival])),
-        "ratio": ratio("exact", rival),
-        "searches": {
-            name: {"queries_per_s": float(np.median(rates[name])), "against_ours": ratio(like[name], name)} | more[name]
-            for name in searches
-        },
+        "ratio": over("exact", rival),
+        "searches": each,
         "runs": [[round(a, 1), round(b, 1)] for a, b in zip(rates["exact"], rates[rival], strict=True)],
     }
 
@@ -82,6 +95,14 @@ def run(
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     """Return the share of the exact neighbours that were found. Both int [Q, k]."""
     return float(np.mean((found[:, :, None] == exact[:, None]).any(1)))
+
+
+def _fewest(search: Search, exact: np.ndarray, clusters: int) -> int:
+    """Return how many cells an approximate search must visit, 0 for an exact one."""
+    probes = 4
+    while search.build_s is not None and probes < clusters and recall(search.find(probes), exact) < _ENOUGH:
+        probes *= 2
+    return 0 if search.build_s is None else min(probes, clusters)
 
 
 def _vectors(keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,42 +114,35 @@ def _vectors(keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
     return x[:keys], x[keys:]
 
 
-def _ours(x: np.ndarray, q: np.ndarray, clusters: int) -> dict:
-    """Return our searches: name -> (search, what gives the indices of its result, facts)."""
+def _ours(x: np.ndarray, q: np.ndarray, clusters: int) -> dict[str, Search]:
     keys = jax.device_put(x, everywhere())
-    indices = lambda found: np.asarray(found.indices)  # noqa: E731
     build = lambda: jax.block_until_ready(build_inverted_file(keys, clusters=clusters))  # noqa: E731
     build()
     begin = time.perf_counter()
     file = build()
     spent = time.perf_counter() - begin
+    exact = by_rows(lambda rows, keys: nearest_neighbours(rows, keys, K))
 
-    def with_probes(probes: int):
-        search = by_rows(lambda rows, file: search_inverted_file(file, rows, K, probes=probes))
-        return lambda: jax.block_until_ready(search(q, file)), indices
+    @functools.cache
+    def visiting(probes: int) -> Callable:
+        return by_rows(lambda rows, file: search_inverted_file(file, rows, K, probes=probes))
 
-    search = by_rows(lambda rows, keys: nearest_neighbours(rows, keys, K))
     return {
-        "exact": (lambda: jax.block_until_ready(search(q, keys)), indices, {}),
-        "approximate": (None, None, {"search": with_probes, "build_s": spent}),
+        "exact": Search(lambda _: np.asarray(exact(q, keys).indices)),
+        "approximate": Search(lambda probes: np.asarray(visiting(probes)(q, file).indices), spent),
     }
 
 
-def _peers(x: np.ndarray, q: np.ndarray, clusters: int, peer: str) -> dict:
-    """Return the searches of the peers that are installed, as `_ours` does. Raises UserError if `peer` is not."""
-    out = {}
-    try:
-        from sklearn.neighbors import NearestNeighbors
+def _scikit_learn(x: np.ndarray, q: np.ndarray) -> dict[str, Search]:
+    from sklearn.neighbors import NearestNeighbors
 
-        model = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(x)
-        out["scikit-learn"] = (lambda: model.kneighbors(q), lambda found: found[1], {})
-    except ImportError:
-        _missing("scikit-learn", peer)
-    try:
-        import faiss
-    except ImportError:
-        _missing("faiss-cpu", peer)
-        return out
+    model = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(x)
+    return {"scikit-learn": Search(lambda _: model.kneighbors(q)[1])}
+
+
+def _faiss(x: np.ndarray, q: np.ndarray, clusters: int) -> dict[str, Search]:
+    import faiss
+
     faiss.omp_set_num_threads(_threads())
     flat = faiss.IndexFlatL2(WIDTH)
     flat.add(x)
@@ -138,38 +152,11 @@ def _peers(x: np.ndarray, q: np.ndarray, clusters: int, peer: str) -> dict:
     lists.add(x)
     spent = time.perf_counter() - begin
 
-    def with_probes(probes: int):
-        def search():
-            lists.nprobe = probes
-            return lists.search(q, K)
+    def visit(probes: int) -> np.ndarray:
+        lists.nprobe = probes
+        return lists.search(q, K)[1]
 
-        return search, lambda found: found[1]
-
-    return out | {
-        "faiss-cpu exact": (lambda: flat.search(q, K), lambda found: found[1], {}),
-        "faiss-cpu approximate": (None, None, {"search": with_probes, "build_s": spent}),
-    }
-
-
-def _missing(name: str, peer: str) -> None:
-    from rmft_jax.progress import say
-
-    if name == peer:
-        raise UserError(f"bench knn needs {name}: pip install 'rmft-jax[bench]'")
-    say(f"{name} is not installed and not measured: pip install 'rmft-jax[bench]'")
-
-
-def _installed() -> list[str]:
-    import importlib.metadata
-
-    there = []
-    for name in ("scikit-learn", "faiss-cpu"):
-        try:
-            importlib.metadata.version(name)
-            there.append(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return there
+    return {"faiss-cpu exact": Search(lambda _: flat.search(q, K)[1]), "faiss-cpu approximate": Search(visit, spent)}
 
 
 def _threads() -> int:
