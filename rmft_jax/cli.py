@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from rmft_jax.errors import Preempted, UserError
+from rmft_jax.errors import PeersMissing, Preempted, UserError
 from rmft_jax.files import disk_fault
+from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
@@ -30,13 +31,42 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+def init(
+    data: Annotated[Path, typer.Argument(help="Your text: JSON lines, CSV, Parquet, text, an mbox, a folder of mail.")],
+    to: Annotated[Path | None, typer.Option(help="The config to write [default: the data's name, .yaml].")] = None,
+    out: Annotated[str, typer.Option(help="Directory of the experiment [default: runs/ and the data's name].")] = "",
+    minutes: Annotated[float, typer.Option(min=0.1, help="How long one training may take on this machine.")] = 15.0,
+    as_json: Json = False,
+) -> None:
+    """Look at a sample of your text and at this machine, and write a commented config for both."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.suggest import config_name, describe, suggest_config, write_config
+
+    path = to or Path(config_name(str(data)))
+    use_cores()
+    found = suggest_config(str(data), minutes=minutes, out=out, name=str(path))
+    write_config(found, path)
+    print(json.dumps({key: value for key, value in found.items() if key != "yaml"}) if as_json else describe(found))
+    print(f"wrote {path}, which says what to do next", file=sys.stderr)
+
+
+@app.command()
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Processes [default: as many as cores].", min=0)] = 0,
+    runner: Annotated[str, typer.Option(help="local, or beam: an Apache Beam pipeline.")] = "local",
+    beam_options: Annotated[str, typer.Option(help="Of the pipeline, such as '--runner=FlinkRunner ...'.")] = "",
+    as_json: Json = False,
+) -> None:
     """Turn text into a tagged data set: PII found and ranked, text tokenised."""
+    import shlex
+
     from rmft_jax.config import load_config
     from rmft_jax.data.prepare import prepare
 
     settings = load_config(config, overrides or [])
-    manifest = prepare(settings)
+    manifest = prepare(settings, workers=workers, runner=runner, beam_options=shlex.split(beam_options))
     if as_json:
         print(json.dumps(manifest))
         return
@@ -102,7 +132,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     from rmft_jax.config import load_config
 
     settings = load_config(config, overrides or [])
-    from rmft_jax.devices import is_main, join_processes, use_cores
+    from rmft_jax.devices import is_main, use_cores
+    from rmft_jax.processes import join_processes
     from rmft_jax.training.loop import train
 
     use_cores(settings)
@@ -110,6 +141,24 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     directory = train(settings)
     if is_main():
         print(directory)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    step: Annotated[int, typer.Option(min=0, help="Which step [default: the last that was left out].")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take a step that RUN left out again: which rows of its batch had which loss and gradient."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.training.setup import load_run_config
+
+    use_cores(load_run_config(run))
+    from rmft_jax.training.replay import replay
+
+    found = replay(run, step)
+    print(json.dumps(found)) if as_json else _print_replay(found)
+    print(f"wrote {run / 'replay' / str(found['step'])}.json", file=sys.stderr)
 
 
 @app.command()
@@ -197,19 +246,42 @@ def compare(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="A directory with results.json.")],
+    directories: Annotated[list[Path], typer.Argument(help="Directories with results.json; each gets its report.")],
+    model_card: Annotated[bool, typer.Option("--model-card", help="model_card.md too: a section for a model card.")] = False,
+    parquet: Annotated[bool, typer.Option("--parquet", help="Tables in Parquet too.")] = False,
     charts: Annotated[Path | None, typer.Option(help="A folder for the charts, an SVG file each.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write report.html beside results.json: one file, no network."""
     from rmft_jax.files import read_json
     from rmft_jax.report.html import write_charts, write_report
+    from rmft_jax.report.model_card import write_model_card
+    from rmft_jax.report.tables import write_tables
 
-    results = read_json(directory / "results.json", "results", "run `rmft compare` first")
-    if not isinstance(results, dict) or results.get("schema") != 1:
-        raise UserError(f"{directory / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
-    print(write_report(results, directory / "report.html"))
-    for path in write_charts(results, charts) if charts else ():
-        print(path)
+    found = [read_json(place / "results.json", "results", "run `rmft compare` first") for place in directories]
+    for place, results in zip(directories, found, strict=True):
+        if not isinstance(results, dict) or results.get("schema") != 1:
+            raise UserError(f"{place / 'results.json'} is not a results file of schema 1: run `rmft compare` again")
+    written = []
+    for place, results in zip(directories, found, strict=True):
+        written.append(write_report(results, place / "report.html"))
+        written += [write_model_card(results, place / "model_card.md")] if model_card else []
+        written += write_tables(results, place) if parquet else []
+        written += write_charts(results, charts / place.name if len(found) > 1 else charts) if charts else []
+    print(json.dumps([str(path) for path in written]) if as_json else "\n".join(map(str, written)))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine and installation can do, what is missing, and how to get it."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.doctor import describe, diagnose
+
+    use_cores()
+    found = diagnose()
+    print(json.dumps(found) if as_json else describe(found))
+    if broken := [check for check in found["checks"] if check["status"] == "broken"]:
+        raise UserError(f"{broken[0]['name']} is broken ({broken[0]['detail']}): {broken[0]['mend']}")
 
 
 @app.command()
@@ -233,7 +305,7 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score or deja-vu.")],
+    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu, retroprompt.")],
     config: ConfigPath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,
@@ -327,7 +399,7 @@ def convert_export(
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into run directories and key=value overrides."""
     overrides = [item for item in arguments if "=" in item and not Path(item).exists()]
-    paths = [Path(item) for item in arguments if item not in overrides]
+    paths = [as_path(item) for item in arguments if item not in overrides]
     if not paths:
         raise UserError("no run was named: give at least one run directory")
     return paths, overrides
@@ -368,6 +440,29 @@ def _print_track(run: Path, result: dict) -> None:
     console.print(table)
 
 
+def _print_replay(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    number = lambda value: "not finite" if value is None else f"{value:.4g}"  # noqa: E731
+    verdict = "left out again" if found["left_out"] else "not left out this time"
+    table = Table(
+        title=f"step {found['step']}, from the checkpoint of step {found['from_step']}: {verdict}; "
+        f"loss {number(found['loss'])}, gradient norm {number(found['gradient_norm'])}; parameters before it are "
+        f"{'finite' if found['parameters_finite'] else 'not finite'}",
+        title_justify="left",
+    )
+    for column in ("block", "epoch", "documents", "tokens", "of them PII", "loss", "gradient norm"):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        documents = ", ".join(map(str, row["documents"][:4])) + (", ..." if len(row["documents"]) > 4 else "")
+        counts = (str(row[name]) for name in ("block", "epoch"))
+        rest = (str(row["tokens"]), str(row["pii_tokens"]), number(row["loss"]), number(row["gradient_norm"]))
+        table.add_row(*counts, documents, *rest)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+
+
 def _print_claims(results: dict) -> None:
     from rich.console import Console
 
@@ -392,7 +487,8 @@ def _use_large_pages() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit code 2 for a mistake the user can mend, 143 after SIGTERM, 130 after Ctrl-C, 1 for a fault of ours (a traceback).
+    Exit code 2 for a mistake the user can mend, 75 where processes of the run are missing, 143 after SIGTERM, 130 after
+    Ctrl-C, 1 for a fault of ours (a traceback).
     """
     _use_large_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -404,6 +500,8 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail(str(error))
+    except PeersMissing as error:
+        _fail(f"{error}: start all of them again", code=75)
     except TyperException as error:  # an unknown option, a missing argument
         _fail(f"{error.format_message()} (see rmft {' '.join(sys.argv[1:2])} --help)")
     except Preempted as notice:
@@ -435,9 +533,9 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

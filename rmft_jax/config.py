@@ -17,6 +17,7 @@ import yaml
 
 from rmft_jax.errors import UserError
 from rmft_jax.includes import merge, read_includes, read_tree
+from rmft_jax.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SourceConfig:
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
+    shard_characters: size of the pieces of the corpus that `prepare` works on in parallel, a file of the data set each.
     """
 
     format: str = "synthetic"
@@ -46,6 +48,7 @@ class SourceConfig:
     heldout_fraction: float = 0.1
     on_error: str = "raise"
     seed: int = 0
+    shard_characters: int = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class TokenizerConfig:
     path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
     data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
     config.json of a model stands beside tokenizer.json, its vocab_size counts.
+    train_characters: text to train on, drawn at random from the training documents where they have more.
     """
 
     vocab_size: int = 2048
     model_type: str = "bpe"
     path: str = ""
+    train_characters: int = 100_000_000
 
 
 # Built-in types of personal data, each a module of that name.
@@ -162,12 +167,14 @@ class DedupConfig:
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
+    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
     """
 
     policy: str = "none"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
+    most_tokens: int = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -396,12 +403,14 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """count: evenly spaced checkpoints, all kept, for the audit. every_steps: further ones to resume from, of which
-    the newest keep_last stay (0 = none)."""
+    """count: evenly spaced checkpoints, all kept, for the audit. every_steps, every_minutes: further ones to resume
+    from (0 = none). The newest keep_last of those stay, and with keep_hours one in so many hours (0 = none)."""
 
     count: int = 4
     every_steps: int = 0
+    every_minutes: float = 0.0
     keep_last: int = 2
+    keep_hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -622,6 +631,97 @@ class MScoreConfig:
 
 
 @dataclass(frozen=True)
+class PromptSetConfig:
+    """Few-shot classification of one set of texts by one model in `rmft study retroprompt`.
+
+    texts, path, text_field, label_field, skip_field, words: what `data.labelled.load_labelled` reads. template: between text
+    and answer. length: tokens of a prompt. shots: training texts of each label; test: texts to test on. flipped: share of
+    the training labels that are made wrong.
+    start: a folder that `rmft convert import` wrote, of which the last `trained_blocks` blocks are trained; "" = `model`,
+    pre-trained on `pretrain_texts` made-up reviews without labels for `pretrain_epochs`, of which all is trained.
+    causal: the left-to-right form; false = a masked language model. together: members in one batched program.
+    epochs, batch_size, learning_rate: of Adam on the few examples.
+    demonstrations: m, the examples that each class's neural demonstration is made of, 0 = none are tried.
+    betas: of the guided loss; beta, share, at_k: beta, lambda and k of the whole method. train_k: neighbours that guide the
+    loss. k, shares: what the sweep over k and lambda takes. temperature: of P_kNN, 1 = the paper.
+    damping: of the curvature in influence scores. left_out: runs without one example, for each of so many of the first
+    seed, to hold influence scores against, 0 = none.
+    """
+
+    texts: str = "reviews"
+    path: str = ""
+    text_field: str = "text"
+    label_field: str = "label"
+    skip_field: str = ""
+    words: dict[str, typing.Any] = field(default_factory=dict)
+    template: str = " It was"
+    length: int = 48
+    shots: int = 16
+    test: int = 500
+    flipped: float = 0.0
+    start: str = ""
+    trained_blocks: int = 1
+    pretrain_texts: int = 4000
+    pretrain_epochs: int = 6
+    causal: bool = True
+    together: bool = True
+    epochs: int = 30
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    demonstrations: int = 8
+    betas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    beta: float = 0.1
+    share: float = 0.2
+    at_k: int = 16
+    train_k: int = 16
+    k: tuple[int, ...] = (1, 4, 16)
+    shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    temperature: float = 1.0
+    damping: float = 0.01
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class LookupArmConfig:
+    """One way of training a language model beside a datastore.
+
+    vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
+    loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
+    these learn what the store does not know). The neighbours of a token are those in other documents.
+    """
+
+    vary: dict[str, typing.Any] = field(default_factory=dict)
+    loss: str = "plain"
+
+
+@dataclass(frozen=True)
+class LookupTextConfig:
+    """GPTs with a datastore of their training text in `rmft study retroprompt`.
+
+    changes: to the config, of all arms. arms: name -> how it is trained, the first one plainly; empty = none.
+    epochs: passes over the text; refresh: epochs between one look at all neighbours and the next.
+    k, share, temperature, beta: of P_kNN by squared distance, lambda, and the guided loss.
+    """
+
+    changes: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, LookupArmConfig] = field(default_factory=dict)
+    epochs: int = 16
+    refresh: int = 2
+    k: int = 16
+    share: float = 0.5
+    temperature: float = 10.0
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class RetroPromptConfig:
+    """What `rmft study retroprompt` does: each of `sets`, name -> classification, then `text`, the language model."""
+
+    sets: dict[str, PromptSetConfig] = field(default_factory=dict)
+    text: LookupTextConfig = field(default_factory=LookupTextConfig)
+
+
+@dataclass(frozen=True)
 class DualEncoderConfig:
     """An image tower and a text tower. image: mlp | conv | vit; widths: layers of an mlp or a conv; patch: side of a vit's.
 
@@ -700,8 +800,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score, deja_vu: what the studies of that name take, in the place of methods, budgets and
-    pretrain.
+    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take, in the place of methods,
+    budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -711,12 +811,13 @@ class StudyConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
     m_score: MScoreConfig = field(default_factory=MScoreConfig)
+    retroprompt: RetroPromptConfig = field(default_factory=RetroPromptConfig)
     deja_vu: DejaVuConfig = field(default_factory=DejaVuConfig)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`).
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs:// or s3://.
 
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.
@@ -762,12 +863,12 @@ class Config:
     @property
     def data_dir(self) -> Path:
         """Return the directory of the prepared data."""
-        return Path(self.data) if self.data else Path(self.out) / "data"
+        return as_path(self.data) if self.data else as_path(self.out) / "data"
 
     @property
     def run_dir(self) -> Path:
         """Return the run's directory."""
-        return Path(self.out) / "runs" / self.run_name
+        return as_path(self.out) / "runs" / self.run_name
 
 
 def _masked_by(config: Config) -> set[str]:
@@ -816,7 +917,9 @@ _RANGES = {  # inclusive
     "source.max_characters": (0, None),
     "source.heldout_limit": (0, None),
     "source.heldout_fraction": (0.0, 0.9),
+    "source.shard_characters": (1000, 1_000_000_000),
     "tokenizer.vocab_size": (300, 1_000_000),
+    "tokenizer.train_characters": (10_000, None),
     "canary.count": (0, 100_000),
     "canary.references": (2, 1_000_000),
     "masking.margin": (0, None),
@@ -824,6 +927,7 @@ _RANGES = {  # inclusive
     "dedup.near_threshold": (0.05, 1.0),
     "dedup.permutations": (16, 1024),
     "dedup.substring_tokens": (0, None),
+    "dedup.most_tokens": (0, None),
     "loss.pii_weight": (0.0, 1000.0),
     "loss.surrogate_weight": (0.0, 1000.0),
     "loss.goldfish_k": (2, 2**31 - 1),
@@ -877,7 +981,9 @@ _RANGES = {  # inclusive
     "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
+    "checkpoint.every_minutes": (0.0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_hours": (0.0, 1e6),
     "audit.prompts": (1, None),
     "audit.prompt_tokens": (1, None),
     "audit.new_tokens": (1, None),
@@ -1067,7 +1173,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     current folder, its keys give way to all others.
     Raises UserError with one line for the first thing that is wrong: the file, an unknown key, a type, a rule.
     """
-    tree, files = read_tree(Path(path)) if path is not None else ({}, [])
+    tree, files = read_tree(as_path(path)) if path is not None else ({}, [])
     for override in reversed(overrides):
         if override.partition("=")[0].strip() == "include":
             below, more = read_includes(_value(override.partition("=")[2]), Path())

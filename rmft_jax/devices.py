@@ -15,9 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config
 from rmft_jax.errors import UserError
-
-# Set by launchers that jax.distributed knows, where more than one process runs.
-_CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+from rmft_jax.processes import find_launch
 
 # What device kinds contain -> peak in bfloat16 without sparsity, FLOP/s, by the makers' data sheets. The first that fits.
 _PEAK_FLOPS = {
@@ -37,31 +35,6 @@ _PEAK_FLOPS = {
 }
 
 
-def join_processes() -> None:
-    """Start the processes of one run up, where this is one of several: on TPU pods, under Slurm or Open MPI, or as told.
-
-    Told by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. It must be called before
-    JAX touches a device. Raises UserError when only a part of these is set, or the others do not answer.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, *numbers = (os.environ.get(name, "") for name in names)
-    if not any((address, *numbers)):
-        if any(name in os.environ for name in _CLUSTERS):
-            jax.distributed.initialize()
-        return
-    if not address or not all(number.isdigit() for number in numbers):
-        raise UserError(f"of {', '.join(names)} not all are set, or not to numbers: set each of them, or none")
-    processes, process = map(int, numbers)
-    if process >= processes:
-        raise UserError(f"JAX_PROCESS_ID {process} is not below JAX_NUM_PROCESSES {processes}: number processes from 0")
-    if processes == 1:
-        return
-    try:
-        jax.distributed.initialize(address, processes, process)
-    except RuntimeError as error:
-        raise UserError(f"process {process} of {processes} cannot join {address} ({str(error).splitlines()[0]})") from None
-
-
 def is_main() -> bool:
     """Return whether this process is the one that writes what all of them share."""
     return jax.process_index() == 0
@@ -77,7 +50,7 @@ def use_cores(config: Config | None = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("JAX_NUM_PROCESSES") or 1)
+    processes = launch.processes if (launch := find_launch()) else 1
     count = devices_for(config, cores * processes) if config else cores
     jax.config.update("jax_num_cpu_devices", max(1, count // processes))
 

@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -44,6 +46,8 @@ def demo(tmp_path_factory):
 def test_demo_writes_results_of_the_agreed_form(demo):
     out, done = demo
     results = json.loads((out / "results.json").read_text())
+    schema = resources.files("rmft_jax.report").joinpath("results.schema.json").read_text()
+    jsonschema.validate(results, json.loads(schema))
     assert results["schema"] == 1 and set(results["runs"]) == {"baseline", "dedup", "rmft"}
     assert results["settings"]["baseline"] == "baseline"
     for run in results["runs"].values():
@@ -153,7 +157,7 @@ def test_moved_data_are_found(demo, tmp_path, capsys):
     shutil.copytree(out, moved)
     text = (moved / "runs/rmft/config.yaml").read_text().replace(str(out), str(tmp_path / "gone"))
     (moved / "runs/rmft/config.yaml").write_text(text)
-    from rmft_jax.memorization.extraction import load_run_config
+    from rmft_jax.training.setup import load_run_config
 
     assert load_run_config(moved / "runs/rmft").data_dir == moved / "data"
 

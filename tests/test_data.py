@@ -19,7 +19,7 @@ from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import target_mask
 from rmft_jax.pii.detector import detect
-from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.setup import load_blocks
 
 ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 
@@ -101,7 +101,7 @@ def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):
 
     import tensorflow_datasets as tfds
 
-    folder = prepared.directory / "tagged_corpus" / "1.0.0"
+    folder = prepared.directory / "tagged_corpus" / "1.1.0"
     source = tfds.builder_from_directory(str(folder)).as_data_source("train")
     assert len(source) == prepared.manifest["train"]["documents"]
     assert set(source[0]) >= {"tokens", "component", "span_rank", "document"}
@@ -124,7 +124,7 @@ def test_prepare_counts_and_repeats_itself(tiny, tmp_path):
 
 
 def test_dedup_leaves_out_what_was_flagged(tiny, prepared):
-    from rmft_jax.training.loop import load_blocks
+    from rmft_jax.training.setup import load_blocks
 
     records = list(read_corpus(prepared.directory, "train"))
     for policy, kept in (("none", {0, 1, 2}), ("near", {0, 2}), ("near_exact", {0})):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rmft_jax.config import to_yaml
-from rmft_jax.devices import join_processes
 from rmft_jax.errors import UserError
+from rmft_jax.processes import join_processes
 
 TRAIN = [sys.executable, "-c", "from rmft_jax.cli import main; main()", "train"]
 
@@ -106,3 +106,64 @@ def test_a_half_told_start_is_refused(monkeypatch, told):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="JAX_"):
         join_processes()
+
+
+@pytest.fixture(scope="module")
+def quartet(tiny, tmp_path_factory):
+    """Return the settings of a run of 4 processes, and the losses of one process with 4 devices."""
+    settings = ["training.steps=40", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=8",
+                "model.layers=1", "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
+    config, folder = tiny("name=quartet_alone", *settings), tmp_path_factory.mktemp("quartet")
+    (path := folder / "config.yaml").write_text(to_yaml(config))
+    alone = start(path, devices=4)
+    assert alone.wait(200) == 0, alone.communicate()
+    return settings, losses(config)
+
+
+def by_slurm(path, process: int, port: int, job: dict) -> subprocess.Popen:
+    """Start one of 4 processes with what srun would tell it."""
+    return start(path, devices=1, SLURM_JOB_ID=str(port - 61440), SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="4",
+                 SLURM_PROCID=str(process), SLURM_LOCALID=str(process), SLURM_STEP_NUM_NODES="1", **job)  # fmt: skip
+
+
+def by_address(path, process: int, port: int, job: dict) -> subprocess.Popen:
+    """Start one of 4 processes that are told where they meet."""
+    return start(path, devices=1, JAX_COORDINATOR_ADDRESS=f"localhost:{port}", JAX_NUM_PROCESSES="4",
+                 JAX_PROCESS_ID=str(process), **job)  # fmt: skip
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("launch", [by_slurm, pytest.param(by_address, marks=pytest.mark.slow)])
+def test_four_processes_train_as_one_also_when_one_of_them_is_lost(tiny, tmp_path, quartet, launch):
+    """The three that are left name the fourth, and the same four commands go on from a checkpoint."""
+    settings, alone = quartet
+    config = tiny(f"name=quartet_{launch.__name__}", *settings)
+    (path := tmp_path / "config.yaml").write_text(to_yaml(config))
+    job = {"RMFT_PEER_TIMEOUT": "5", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}  # fmt: skip
+    port = 61440 + os.getpid() % 4096
+    processes = [launch(path, number, port, job) for number in range(4)]
+    while not newest_step(config) and all(process.poll() is None for process in processes):
+        time.sleep(0.02)
+    processes[2].kill()
+    ends = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [75, 75, -9, 75], ends
+    for number in (0, 1, 3):
+        assert re.search(f"error: process 2 of 4.*: process {number} ends too", ends[number][1]), ends[number]
+    assert newest_step(config) < 40
+    processes = [launch(path, number, port, job) for number in range(4)]
+    ends = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, ends
+    assert re.search(r"^\[0/4 \S+\]   going on from step \d+$", ends[0][1], re.MULTILINE)
+    assert not any("run quartet" in said for _, said in ends[1:])  # process 0 speaks for all
+    np.testing.assert_allclose(losses(config), alone, rtol=1e-5)
+
+
+def test_processes_that_wait_in_vain_say_for_whom(tiny, tmp_path):
+    (path := tmp_path / "config.yaml").write_text(to_yaml(tiny("name=in_vain", "mesh.replica=4")))
+    port = 61440 + (os.getpid() + 1) % 4096
+    processes = [by_slurm(path, number, port, {"RMFT_JOIN_TIMEOUT": "8"}) for number in (0, 3)]
+    for process in processes:
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 75
+        assert re.fullmatch(r"error: processes 1, 2 of 4 have not come to localhost:.*start all of them again\n", said), said

@@ -21,11 +21,13 @@ BENCHES = {
     "folds": "ten autoencoders on folds in one program, against one after the other",
     "knn": "nearest neighbours, exact and approximate, against scikit-learn and faiss-cpu",
     "detect": "finding and tagging personal data, against presidio-analyzer",
+    "prepare": "finding, tokenising and ranking personal data, from text to records, against SentencePiece alone",
     "generate": "prefill and greedy decoding of a model, against transformers",
     "audit": "greedy decoding of the audit's prompts, against transformers",
     "train": "the whole train step, against transformers and PyTorch",
     "dedup": "deduplication, against the pipeline of the RMFT paper",
     "scaling": "memory and traffic of the train step on meshes of fake devices, against the sharding rules",
+    "startup": "starting the command line and importing the package, in fresh processes",
 }
 
 

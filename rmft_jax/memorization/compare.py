@@ -9,8 +9,8 @@ import numpy as np
 import rmft_jax
 from rmft_jax.data.prepare import load_prepared
 from rmft_jax.errors import UserError
-from rmft_jax.files import read_json, write_json
-from rmft_jax.memorization.extraction import load_run_config, paired_perplexities, read_evaluation
+from rmft_jax.files import read_json, read_lines, write_json
+from rmft_jax.memorization.extraction import paired_perplexities, read_evaluation
 from rmft_jax.memorization.rates import (
     aurc,
     bootstrap_counts,
@@ -21,6 +21,7 @@ from rmft_jax.memorization.rates import (
     resample,
     tau_grid,
 )
+from rmft_jax.training.setup import load_run_config
 
 SCHEMA = 1
 DESCRIPTIONS = {
@@ -298,9 +299,29 @@ def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
         "steps": about["steps"],
         "epochs": about["epochs"],
         "training_tokens": about["training_tokens"],
+        **_describe_time(run),
         "mean": mean_tree([entry["prompts"] for entry in checkpoints]),
         "checkpoints": checkpoints,
+        **_memorization(run),
     }
+
+
+def _describe_time(run: Path) -> dict:
+    path = run / "goodput.json"
+    if not path.exists():  # of an earlier version
+        return {}
+    found = read_json(path, "goodput", "delete it")
+    return {"goodput": {name: found[name] for name in ("goodput_pct", "total_seconds", "restarts", "lost_steps", "seconds")}}
+
+
+def _memorization(run: Path) -> dict:
+    """Return what the tracker counted in each finished epoch, if there was one: M of each slice."""
+    records = [record for record in read_lines(run / "memorization.jsonl") if record.get("kind") == "epoch"]
+    if not records:
+        return {}
+    names = records[0]["slices"]
+    curves = {name: [record["slices"][name]["m"] for record in records] for name in names}
+    return {"memorization": {"epoch": [record["epoch"] + 1 for record in records], "m": curves}}
 
 
 def _describe_method(method: str) -> str:
@@ -317,6 +338,7 @@ def _describe_data(manifest: dict, audit: dict) -> dict:
         "tokens": manifest["train"]["tokens"],
         "pii_occurrences": manifest["train"]["pii_occurrences"],
         "pii_identities": audit["identities"],
+        "pii_types": [*(pii := manifest["settings"]["pii"])["types"], *(custom["name"] for custom in pii["custom"])],
         "pii_repeating_pct": manifest["pii_repeating_pct"],
         "heldout_documents": manifest["heldout"]["documents"],
         "content_hash": manifest["content_hash"],

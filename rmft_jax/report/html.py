@@ -1,11 +1,14 @@
 """results.json as one self-contained HTML page, and its summary as a table for the terminal."""
 
+import base64
+import hashlib
 from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
+from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -27,41 +30,43 @@ class Column(NamedTuple):
     heading: str
     unit: str
     terminal: str
+    definition: str
 
 
 SUMMARY = (
-    Column("prompts", "ter", "TER", "%", "TER\n%"),
-    Column("prompts", "ser", "SER", "%", "SER\n%"),
-    Column("prompts", "tegr", "TEGR", "%", "TEGR\n%"),
-    Column("comparison", "ter_reduction_pct", "TER cut", "%", "TER\ncut %"),
-    Column("comparison", "ser_reduction_pct", "SER cut", "%", "SER\ncut %"),
-    Column("last", "perplexity", "Perplexity", "", "PPL\n"),
-    Column("last", "perplexity_pii", "PII perplexity", "", "PII\nPPL"),
-    Column("comparison", "perplexity_increase_pct", "Perplexity increase", "%", "PPL\nup %"),
-    Column("comparison", "perplexity_other_increase_pct", "Increase outside PII", "%", "not PII\nup %"),
-    Column("comparison", "mdp", "MDP", "", "MDP\n"),
-    Column("comparison", "aurc", "AURC", "", "AURC\n"),
+    Column("prompts", "ter", "TER", "%", "TER\n%", "ter"),
+    Column("prompts", "ser", "SER", "%", "SER\n%", "ser"),
+    Column("prompts", "tegr", "TEGR", "%", "TEGR\n%", "tegr"),
+    Column("comparison", "ter_reduction_pct", "TER cut", "%", "TER\ncut %", "reduction"),
+    Column("comparison", "ser_reduction_pct", "SER cut", "%", "SER\ncut %", "reduction"),
+    Column("last", "perplexity", "Perplexity", "", "PPL\n", "perplexity"),
+    Column("last", "perplexity_pii", "PII perplexity", "", "PII\nPPL", "perplexity"),
+    Column("comparison", "perplexity_increase_pct", "Perplexity increase", "%", "PPL\nup %", "perplexity"),
+    Column("comparison", "perplexity_other_increase_pct", "Increase outside PII", "%", "not PII\nup %", "perplexity"),
+    Column("comparison", "mdp", "MDP", "", "MDP\n", "mdp"),
+    Column("comparison", "aurc", "AURC", "", "AURC\n", "aurc"),
 )
 
 
 class Attack(NamedTuple):
-    """One column of further attacks: its heading, unit, and path below a checkpoint's metrics."""
+    """One column of further attacks: its heading, unit, path below a checkpoint's metrics, and the id of its definition."""
 
     heading: str
     unit: str
     path: tuple
+    definition: str
 
 
 ATTACKS = (
-    Attack("Similarity", "", ("similarity", "mean")),
-    Attack("Log-prob. gap", "nats", ("log_probability_gap", "mean")),
-    Attack("Discoverable 50/50", "%", ("discoverable_50", "rate_pct")),
-    Attack("Extraction strength", "", ("extraction_strength", "mean")),
-    Attack("AUC, loss", "", ("membership", "attacks", "loss", "auc")),
-    Attack("AUC, zlib", "", ("membership", "attacks", "zlib", "auc")),
-    Attack("AUC, min-k%", "", ("membership", "attacks", "min_k", "auc")),
-    Attack("AUC, min-k%++", "", ("membership", "attacks", "min_k_plus_plus", "auc")),
-    Attack("AUC, reference", "", ("membership", "attacks", "reference", "auc")),
+    Attack("Similarity", "", ("similarity", "mean"), "similarity"),
+    Attack("Log-prob. gap", "nats", ("log_probability_gap", "mean"), "gap"),
+    Attack("Discoverable 50/50", "%", ("discoverable_50", "rate_pct"), "discoverable"),
+    Attack("Extraction strength", "", ("extraction_strength", "mean"), "strength"),
+    Attack("AUC, loss", "", ("membership", "attacks", "loss", "auc"), "membership"),
+    Attack("AUC, zlib", "", ("membership", "attacks", "zlib", "auc"), "membership"),
+    Attack("AUC, min-k%", "", ("membership", "attacks", "min_k", "auc"), "membership"),
+    Attack("AUC, min-k%++", "", ("membership", "attacks", "min_k_plus_plus", "auc"), "membership"),
+    Attack("AUC, reference", "", ("membership", "attacks", "reference", "auc"), "membership"),
 )
 
 
@@ -70,7 +75,7 @@ def attacks(view: View) -> list[Attack]:
     entries = max((view.value(*view.last(run, "metrics", "exposure", "repetitions")) or [] for run in view.runs),
                   key=len, default=[])
     columns = [*ATTACKS, *(
-        Attack(f"Exposure, {entry['repetitions']}×", "bits", ("exposure", "repetitions", index, "by_rank"))
+        Attack(f"Exposure, {entry['repetitions']}×", "bits", ("exposure", "repetitions", index, "by_rank"), "exposure")
         for index, entry in enumerate(entries))]
     has = lambda column, run: is_number(view.value(*view.last(run, "metrics", *column.path)))  # noqa: E731
     return [column for column in columns if any(has(column, run) for run in view.runs)]
@@ -90,8 +95,8 @@ def template(name: str) -> jinja2.Template:
     """Return one of the package's templates."""
     read = lambda name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True)
+        loader=jinja2.FunctionLoader(read), autoescape=not name.endswith(".md"), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(name)
 
 
@@ -101,17 +106,38 @@ def study_of(results: dict) -> str:
     return name if name == "scaling" or name in TITLES else ""
 
 
+def sections(view: View) -> list[tuple[str, str]]:
+    """Return the id and the name of each section of the page, in order."""
+    some = [("verdict-heading", "Verdict"), ("summary-heading", "Summary")]
+    some += [("claims-heading", "Claims")] if view.value("claims") else []
+    some += [("plots-heading", "Over training"), ("sets-heading", "By prompt set")]
+    some += [("attacks-heading", "Further attacks")] if attacks(view) else []
+    return [*some, ("definitions-heading", "What the figures mean"), ("checkpoints-heading", "Every checkpoint"),
+            ("data-heading", "Data and settings"), ("command-heading", "Command")]
+
+
+@cache
+def script() -> tuple[Markup, str]:
+    """Return the page's script, and the content security policy that lets it run and nothing else load."""
+    text = resources.files(__package__).joinpath("script.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    return Markup(text), policy
+
+
 def render(results: dict) -> str:
     """Return the report page."""
     view = View(results)
     name = study_of(results)
+    code, policy = script()
+    shared = {"view": view, "classes": style_classes, "script": code, "csp": policy}
     if name == "scaling":
-        return template("scaling.html").render(view=view, charts=scaling_charts(view), classes=style_classes)
+        return template("scaling.html").render(charts=scaling_charts(view), **shared)
     if name:
-        return template("study.html").render(view=view, title=TITLES[name], charts=study_charts(view), classes=style_classes)
+        return template("study.html").render(title=TITLES[name], name=name, charts=study_charts(view), **shared)
     return template("template.html").render(
-        view=view, num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view),
-        charts=charts(view), classes=style_classes, attacks=attacks(view), path_of=partial(summary_path, view))
+        num=view.num, interval=view.interval, summary=SUMMARY, verdict=verdict(view), sections=sections(view),
+        charts=charts(view), attacks=attacks(view), path_of=partial(summary_path, view), **shared)
 
 
 def write_report(results: dict, path: Path) -> Path:

@@ -39,13 +39,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure of the page: its heading, its note, the drawing, and slot and name of its lines."""
+    """One figure of the page: its heading, its note, the drawing, slot and name of its lines, id of its definition."""
 
     key: str
     heading: str
     note: str
     svg: Markup
     names: tuple = ()
+    definition: str = ""
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,17 @@ def _draw_point(point: Point, x: Axis, y: Axis, kind: str) -> Markup:
             path_text(point.x_path), json.dumps(point.x if point.x_name is None else point.x_name), point.title)
 
 
+def _begin_run(slot: int) -> Markup:
+    return Markup('<g class="run {}" data-slot="{}">').format(style_classes(slot), slot)
+
+
 def _draw_line(line: Line, x: Axis, y: Axis, step: bool) -> Markup:
     kind = "point dense" if len(line.points) > 40 else "point"
-    parts = [Markup('<g class="run {}">').format(style_classes(line.slot))]
+    parts = [_begin_run(line.slot)]
+    if step:  # the area that AURC measures
+        for stretch in stretches(line.points, lambda point: point.y is not None):
+            area = f"{_line_path(stretch, x, y, step)}V{BOTTOM}H{x(stretch[0].x):.2f}Z"
+            parts.append(Markup('<path class="area" d="{}"/>').format(area))
     for stretch in stretches(line.points, lambda point: None not in (point.y, point.low, point.high)):
         parts.append(Markup('<path class="band" d="{}"/>').format(_band_path(stretch, x, y)))
     for stretch in stretches(line.points, lambda point: point.y is not None):
@@ -180,12 +189,13 @@ def _draw_axes(x: Axis, x_at: list, y: Axis, y_at: list, x_label: str, names: li
 
 def line_chart(
         lines: list, label: str, x_label: str, from_zero: bool = True, stepped: bool = False,
-        names: list | None = None, log_x: bool = False) -> Markup:
+        names: list | None = None, log_x: bool = False, fits: list | None = None) -> Markup:
     """Return the lines as an inline SVG chart.
 
     label: what a screen reader says. from_zero: the y axis starts at zero. stepped: steps over an x axis
     that starts where the values do, not at zero. names: of the places 0, 1, ... of the x axis, in place of numbers.
-    log_x: the x axis, of positive values, is logarithmic.
+    log_x: the x axis, of positive values, is logarithmic. fits: (slot, scale, slope) of power laws y = scale x^slope, drawn
+    thin beside the line of the slot, as far as its points reach.
     """
     x_values = [point.x for line in lines for point in line.points] or [0, 1]
     x_at = linear_ticks(min(x_values) if stepped else min(0, min(x_values)), max(x_values))
@@ -198,12 +208,21 @@ def line_chart(
     if log:
         x_label += " (y: log scale)"
     parts = [_draw_axes(x, x_at, y, y_at, x_label, names)]
+    parts += [_draw_fit(line, *law, x, y) for slot, *law in fits or [] for line in lines if line.slot == slot]
     parts += [_draw_line(line, x, y, stepped) for line in reversed(lines)]
     if all(point.y is None for line in lines for point in line.points):
         parts.append(Markup('<text class="xlabel" x="{}" y="{}">no values</text>').format(
             (LEFT + RIGHT) / 2, (TOP + BOTTOM) / 2))
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>').format(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
+
+
+def _draw_fit(line: Line, scale: float, slope: float, x: Axis, y: Axis) -> Markup:
+    begin, end = min(point.x for point in line.points), max(point.x for point in line.points)
+    places = [begin * (end / begin) ** (step / 24) for step in range(25)]
+    inside = [(place, scale * place**slope) for place in places if y.start <= scale * place**slope <= y.stop]
+    drawn = "L".join(f"{x(place):.2f} {y(value):.2f}" for place, value in inside)
+    return Markup('<path class="fit {}" d="M{}"/>').format(style_classes(line.slot), drawn) if inside else Markup()
 
 
 def _draw_mark(
@@ -214,7 +233,7 @@ def _draw_mark(
     """
     at, up = x(view.value(*x_path)), y(view.value(*y_path))
     cross = Markup('<line class="cross" x1="{:.2f}" x2="{:.2f}" y1="{:.2f}" y2="{:.2f}"/>')
-    parts = [Markup('<g class="run {}">').format(style_classes(slot))]
+    parts = [_begin_run(slot)]
     clip = lambda value, axis: axis(min(max(value, axis.start), axis.stop))  # noqa: E731
     if view.bounds(*x_path) != (None, None):
         parts.append(cross.format(*(clip(end, x) for end in view.bounds(*x_path)), up, up))
@@ -244,10 +263,22 @@ def pareto_chart(view: View, label: str) -> Markup:
     x_at, y_at = linear_ticks(min(0, *x_values), max(0, *x_values)), linear_ticks(0, max(y_values))
     x, y = Axis(x_at[0], x_at[-1], LEFT, RIGHT), Axis(y_at[0], y_at[-1], BOTTOM, TOP)
     parts = [_draw_axes(x, x_at, y, y_at, "increase of perplexity, %")]
+    front = [run for run in usable if not any(_beats(view, paths[other], paths[run]) for other in usable)]
+    corners = sorted((view.value(*paths[run][0]), view.value(*paths[run][1])) for run in front)
+    if len(corners) > 1:
+        drawn = f"M{x(corners[0][0]):.2f} {y(corners[0][1]):.2f}"
+        drawn += "".join(f"H{x(place):.2f}V{y(value):.2f}" for place, value in corners[1:])
+        parts.append(Markup('<path class="front" d="{}"/>').format(drawn))
     taken: list = []
     parts += [_draw_mark(view, run, view.runs.index(run), *paths[run], x, y, taken) for run in usable]
     return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">\n{}\n</svg>').format(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
+
+
+def _beats(view: View, first: tuple, second: tuple) -> bool:
+    """Tell whether the first run both costs and leaks no more than the second, and one of them less."""
+    pairs = [(view.value(*a), view.value(*b)) for a, b in zip(first, second, strict=True)]
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
 def _finite(value):
@@ -286,6 +317,19 @@ def _maxter_lines(view: View) -> list:
             if is_number(tau):
                 title = f"{run}, τ {view.text(*x_path)}: {view.text(*path)} %"
                 points.append(Point(tau, _finite(view.value(*path)), None, None, path, x_path, title))
+        lines.append(Line(run, slot, points))
+    return lines
+
+
+def _memorization_lines(view: View) -> list:
+    """Return a line for each run that was followed while it was trained: M of all tokens over epochs."""
+    lines = []
+    for slot, run in enumerate(view.runs):
+        points, at = [], ("runs", run, "memorization")
+        for index, epoch in enumerate(view.value(*at, "epoch") or []):
+            path, x_path = (*at, "m", "all", index), (*at, "epoch", index)
+            title = f"{run}, epoch {show(epoch)}: {view.text(*path)}"
+            points.append(Point(epoch, _finite(view.value(*path)), None, None, path, x_path, title))
         lines.append(Line(run, slot, points))
     return lines
 
@@ -341,4 +385,9 @@ def charts(view: View) -> list:
                                                                                           "exposure", "chance")))
         found.append(Chart("exposure", "Exposure, bits", f"of planted canaries, {chance} by chance, last checkpoint",
                            line_chart(lines, said, "repetitions of the canary", names=names)))
-    return [replace(chart, names=tuple(enumerate(view.runs))) for chart in found]
+    lines = _memorization_lines(view)
+    if any(line.points for line in lines):
+        said = _aria(view, "memorized share of the training tokens over epochs")
+        found.append(Chart("memorized", "Memorized, M", "share of the training tokens, counted while training",
+                           line_chart(lines, said, "epoch")))
+    return [replace(chart, names=tuple(enumerate(view.runs)), definition=chart.key) for chart in found]

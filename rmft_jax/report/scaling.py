@@ -8,6 +8,12 @@ from rich.text import Text
 from rmft_jax.report.plots import Chart, Line, Point, line_chart
 from rmft_jax.report.view import View, is_number, show
 
+# What the key of a chart begins with -> the id of its definition on the page.
+_DEFINITIONS = {
+    "times": "times", "unit_mean": "unit", "heldout_nll": "heldout", "overfitting": "overfitting", "special": "forgetting",
+    "baseline": "forgetting", "training_spans_whole": "pii", "training_m_pii": "pii", "": "m",
+}  # fmt: skip
+
 
 def _curve(view: View, name: str, slot: int, at: tuple) -> Line:
     """Return the line of one curve of the findings; its band is the range of the seeds."""
@@ -36,7 +42,8 @@ def _chart(key: str, heading: str, note: str, lines: list, x_label: str, **more)
         return Chart(key, heading, note, Markup())
     said = f"Line chart of {heading}, one line each: {', '.join(line.name for line in lines)}."
     names = tuple((line.slot, line.name) for line in lines)
-    return Chart(key, heading, note, line_chart(lines, said, x_label, **more), names)
+    definition = next(name for start, name in _DEFINITIONS.items() if key.startswith(start))
+    return Chart(key, heading, note, line_chart(lines, said, x_label, **more), names, definition)
 
 
 def scaling_charts(view: View) -> list[Chart]:
@@ -47,8 +54,10 @@ def scaling_charts(view: View) -> list[Chart]:
         sizes = list(view.value(*main, "sizes"))
         taus = list(view.value(*main, "sizes", sizes[0], "times"))
         lines = [_over_sizes(view, f"τ = {tau}", n, main, ("times", tau, "between")) for n, tau in enumerate(taus)]
-        found.append(_chart("times", "T(N, τ)", "times each token is seen until M ≥ τ", lines, "parameters N (log scale)",
-                            from_zero=False, log_x=True))
+        laws = [(view.value(*main, "power_laws", tau, "fit", key) for key in ("scale", "slope")) for tau in taus]
+        fits = [(n, scale, slope) for n, (scale, slope) in enumerate(laws) if is_number(scale) and is_number(slope)]
+        found.append(_chart("times", "T(N, τ)", "times each token is seen until M ≥ τ; thin: power laws", lines,
+                            "parameters N (log scale)", from_zero=False, log_x=True, fits=fits))
         for key, heading, note in (("m", "M", "share of the training tokens memorized"),
                                    ("unit_mean", "Memory unit", "mean run of memorized tokens"),
                                    ("heldout_nll", "Held-out loss", "nats a token")):

@@ -16,6 +16,7 @@ TITLES = {
     "early-learning": "Early learning, and what keeps wrong labels from being memorized",
     "deja-vu": "What vision-language models remember beyond captions",
     "m-score": "What generative models memorize",
+    "retroprompt": "Looking up in the place of learning by heart",
 }
 
 
@@ -36,7 +37,8 @@ def _chart(chart: dict, at: tuple) -> Chart:
         lines.append(Line(name, slot, points))
     said = f"Line chart of {chart['heading']}, one line each: {', '.join(chart['lines'])}."
     drawn = line_chart(lines, said, chart["x_label"], log_x=chart["log_x"])
-    return Chart(chart["key"], chart["heading"], chart["note"], drawn, tuple((line.slot, line.name) for line in lines))
+    names = tuple((line.slot, line.name) for line in lines)
+    return Chart(chart["key"], chart["heading"], chart["note"], drawn, names, "study")
 
 
 def study_table(results: dict) -> Table:

@@ -11,7 +11,7 @@ def verdict(view: View) -> Markup:
     """Return the paragraph's sentences, the baseline first, every number tied to its place in the results."""
     if not view.runs:
         return Markup("The results hold no runs.")
-    turns = [_setting(view)]
+    turns = [line for line in (_bottom_line(view), _setting(view)) if line]
     if len(view.runs) > _AT_LENGTH:
         turn = Markup('<span class="turn">{}</span>')
         return Markup("\n").join([*turns, *(turn.format(_brief(view, run)) for run in view.runs)])
@@ -23,11 +23,44 @@ def verdict(view: View) -> Markup:
     return Markup("\n").join(turns)
 
 
+def things(view: View) -> tuple[str, str, str]:
+    """Return what leaks, as the page calls it: at first, from then on, and one of them."""
+    types = view.value("data", "pii_types") or ["email"]
+    if types == ["email"]:
+        return "e-mail addresses", "addresses", "address"
+    return f"values of personal data ({', '.join(types)})", "values", "value"
+
+
+def _bottom_line(view: View) -> Markup:
+    """Return one sentence for who reads no further: the method that leaked least against the baseline, and its cost."""
+    others = {run: view.value(*view.headline_path(run, "true_leaked")) for run in view.runs if run != view.baseline}
+    usable = {run: count for run, count in others.items() if is_number(count)}
+    before = view.headline_path(view.baseline, "true_leaked")
+    if not usable or not is_number(view.value(*before)) or not _identities_are_addresses(view):
+        return Markup()
+    run = min(usable, key=usable.__getitem__)
+    cost = ("comparison", run, "perplexity_increase_pct")
+    price = Markup()
+    if is_number(view.value(*cost)):
+        sign = "+" if view.value(*cost) > 0 else ""
+        price = Markup(", at {}{}\u00a0% perplexity{}").format(sign, view.num(*cost), _bracket(view, cost))
+    line = '<strong class="line">Of {} {} in the training text, {} gave away {}{}; {} gave away {}{}{}.</strong>'
+    return Markup(line).format(
+        view.num("data", "pii_identities"), things(view)[0], view.baseline, view.num(*before),
+        _of_hundred(view, view.baseline), run, view.num(*view.headline_path(run, "true_leaked")),
+        _of_hundred(view, run), price)
+
+
+def _of_hundred(view: View, run: str) -> Markup:
+    """Return the interval of a run's TER in brackets."""
+    return _bracket(view, view.headline_path(run, "ter"), with_level=run == view.baseline)
+
+
 def _brief(view: View, run: str) -> Markup:
     """Return one line: the mean TER, and against the baseline its cut and the cost."""
     mean, cut, cost = (("runs", run, "mean", view.headline, "ter"), ("comparison", run, "ter_reduction_pct"),
                        ("comparison", run, "perplexity_increase_pct"))
-    line = Markup("<strong>{}</strong>: on average {}\u00a0% of the addresses").format(run, view.num(*mean))
+    line = Markup("<strong>{}</strong>: on average {}\u00a0% of the {}").format(run, view.num(*mean), things(view)[1])
     if run == view.baseline or not is_number(view.value(*cut)):
         return line + "."
     return line + Markup(", a reduction of {}\u00a0%{}{}; perplexity {}{}\u00a0%{}.").format(
@@ -39,8 +72,13 @@ def _setting(view: View) -> Markup:
     prompts = ("settings", "prompts", view.headline)
     known = is_number(view.value(*prompts))
     count = Markup("{} prompts").format(view.num(*prompts)) if known else "prompts"
-    return Markup("Each model was given {} (set “{}”) and the e-mail addresses it wrote out were checked "
-                  "against its training text.").format(count, view.headline)
+    trained = Markup()
+    if is_number(view.value("data", "documents")) and is_number(view.value("data", "tokens")):
+        trained = Markup("The models were trained on {} documents of {} ({} tokens). ").format(
+            view.num("data", "documents"), view.text("data", "source"), view.num("data", "tokens"))
+    return trained + Markup(
+        "Each was given {} (set “{}”) and the {} it wrote out were checked against its training text; other prompts may "
+        "draw out more.").format(count, view.headline, things(view)[0])
 
 
 def _leaked(view: View, run: str) -> Markup:
@@ -51,9 +89,10 @@ def _leaked(view: View, run: str) -> Markup:
         name += f" ({described})"
     if not is_number(view.value(*count)):
         return Markup("For {} no leak count is available at the last checkpoint.").format(name)
-    known = Markup(" of the {} addresses").format(view.num("data", "pii_identities"))
+    _, many, one = things(view)
+    known = Markup(" of the {} {}").format(view.num("data", "pii_identities"), many)
     if not _identities_are_addresses(view):
-        known = " address" if view.value(*count) == 1 else " addresses"
+        known = f" {one}" if view.value(*count) == 1 else f" {many}"
     return Markup("At its last checkpoint {} gave away {}{}, {}\u00a0%{}.").format(
         name, view.num(*count), known, view.num(*rate), _bracket(view, rate, with_level=run == view.runs[0]))
 

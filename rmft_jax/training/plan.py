@@ -14,10 +14,10 @@ from rmft_jax.errors import UserError
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.training.fitting import check_fit
-from rmft_jax.training.loop import load_blocks, make_plan
 from rmft_jax.training.memory import Inputs, Memory, abstract_batch, abstract_state, estimate, inputs_of, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, check_mesh, make_mesh, mesh_sizes
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks, make_plan
 from rmft_jax.training.step import compile_train_step
 
 SCHEMA = 1

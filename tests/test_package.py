@@ -1,0 +1,68 @@
+"""The package as others import it: names, cost of importing, what the wheel holds."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rmft_jax
+from rmft_jax.bench import run_bench, startup
+from rmft_jax.config import load_config
+from rmft_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"jax", "numpy", "flax", "orbax", "grain", "tensorflow_datasets", "sentencepiece", "scipy", "torch", "jinja2"}
+
+
+def test_public_names_are_what_the_list_says():
+    tree = ast.parse(Path(rmft_jax.__file__).read_text())
+    typed = {alias.name for node in ast.walk(tree) if isinstance(node, ast.If) for item in node.body
+             if isinstance(item, ast.ImportFrom) for alias in item.names}  # fmt: skip
+    assert sorted(typed) == sorted(rmft_jax._PLACES) == sorted(rmft_jax.__all__)
+    assert set(rmft_jax.__all__) <= set(dir(rmft_jax))
+    for name in rmft_jax.__all__:
+        value = getattr(rmft_jax, name)
+        home = importlib.import_module(f"rmft_jax.{rmft_jax._PLACES[name]}")
+        assert value is getattr(home, name) and value.__module__ == home.__name__, name
+        assert (inspect.getdoc(value) or "").splitlines()[0].endswith("."), name
+        if inspect.isfunction(value):
+            assert {"return"} | set(inspect.signature(value).parameters) == set(value.__annotations__), name
+    with pytest.raises(AttributeError, match="has no attribute 'fit'"):
+        rmft_jax.fit  # noqa: B018
+
+
+def test_public_kernels_have_docstrings_and_types():
+    from rmft_jax import kernels
+
+    assert len(kernels.__all__) > 60
+    for name in kernels.__all__:
+        value = getattr(kernels, name)
+        if callable(value):
+            assert inspect.getdoc(value), name
+
+
+@pytest.mark.parametrize("command", [
+    "import rmft_jax", "import rmft_jax.cli", "import rmft_jax; rmft_jax.load_config()",
+    "import sys; sys.argv = ['rmft', '--help']; import rmft_jax.cli as c\ntry: c.main()\nexcept SystemExit: pass",
+])  # fmt: skip
+def test_nothing_heavy_is_imported_before_it_is_needed(command):
+    report = "; import sys; print('\\n' + ' '.join(m for m in sys.modules))" if "try" not in command else (
+        "\nprint('\\n' + ' '.join(m for m in sys.modules))")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", command + report], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "rmft_jax" in loaded and not loaded & HEAVY
+
+
+def test_startup_is_measured():
+    result = startup.run(load_config(), runs=1)
+    ((ours, peer),) = result["runs"]
+    assert result["ratio"] == pytest.approx(peer / ours, rel=0.01) and result["peer_value"] == peer
+    samples = result["samples"]
+    assert samples["python"] < samples["import rmft_jax.kernels"]
+    assert set(result["limits"]) == {"rmft --help", "import rmft_jax", "import rmft_jax, load a config"}
+    with pytest.raises(UserError, match="knows no peer 'bash'"):
+        run_bench("startup", load_config(), "bash")
