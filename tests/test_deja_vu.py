@@ -168,6 +168,47 @@ def test_emoji_come_with_their_tags(tmp_path):
             load_captions(bad)
 
 
+def test_captioned_sets_of_tfds_are_read(tmp_path):
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    of = tfds.features
+
+    class Captioned(tfds.core.GeneratorBasedBuilder):
+        """Images in the form of coco_captions."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = of.FeaturesDict({
+                "image": of.Image(shape=(None, None, 3)), "captions": of.Sequence({"text": of.Text()}),
+                "objects": of.Sequence({"label": of.ClassLabel(names=["cat", "dog"])}),
+            })  # fmt: skip
+            return tfds.core.DatasetInfo(builder=self, description="Images.", features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"val": self._generate_examples()}
+
+        def _generate_examples(self):
+            for n in range(12):
+                path = tmp_path / f"{n}.png"
+                Image.fromarray(np.full((10, 20, 3), 10 * n, np.uint8)).save(path)
+                labels = ["cat", "dog"] if n % 2 else ["cat"]
+                yield n, {"image": str(path), "captions": {"text": [f"image {n}", "other"]}, "objects": {"label": labels}}
+
+    builder = Captioned(data_dir=str(tmp_path / "sets"), file_format="array_record")
+    builder.download_and_prepare()
+    found = load_captions("tfds", f"{builder.data_path}:val", side=8)
+    assert found.names == ("cat", "dog") and found.objects.sum(0).tolist() == [12, 6]
+    for caption, image, objects in zip(found.captions, found.images, found.objects, strict=True):
+        number = int(caption.split()[1])
+        assert image.shape == (8, 8, 3) and image.mean() == pytest.approx(10 * number / 255, abs=1e-3)
+        assert objects.tolist() == [True, number % 2 == 1]
+    assert len(load_captions("tfds", f"{builder.data_path}:val", side=8, limit=7).captions) == 7
+    with pytest.raises(UserError, match="TFDS has no nothing_such prepared"):
+        load_captions("tfds", "nothing_such")
+
+
 SMALL = CaptionedSetConfig(
     train=32, public=60, heldout=20, epochs=2, batch_size=16, caption_tokens=6,
     encoder=DualEncoderConfig(widths=(16,), width=16, dimensions=8),
