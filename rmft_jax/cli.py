@@ -213,6 +213,30 @@ def track(
         _print_track(run, result)
 
 
+@app.command("audit-vlm")
+def audit_vlm(
+    embeddings: Annotated[Path, typer.Argument(help="An .npz file of embeddings and objects: docs/deja_vu.md.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write [default: NAME.deja_vu.json beside it].")] = None,
+    neighbours: Annotated[int, typer.Option(help="Public images that a caption is compared with.")] = 10,
+    clusters: Annotated[int, typer.Option(help="For millions of public images: search approximately; 0 = exactly.")] = 0,
+    probes: Annotated[int, typer.Option(help="Cells of the approximate search that each caption visits.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Test a vision-language model of your own for deja vu memorization, by its embeddings."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.memorization.deja_vu import audit_vlm
+
+    use_cores()
+    result = audit_vlm(embeddings, out, k=neighbours, clusters=clusters, probes=probes)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, test in result["tests"].items():
+        ends = {gap: "[{:.3f}, {:.3f}]".format(*test["intervals"][gap]) for gap in ("ppg", "prg", "aucg")}
+        gaps = ", ".join(f"{gap.upper()} {test['population'][gap]:.3f} {said}" for gap, said in ends.items())
+        print(f"{name.replace('_', ' ')}: {gaps} ({result['records']:,} records, {result['public']:,} public images)")
+
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Audited run directories, one of them without a defence.")],

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -144,6 +145,22 @@ def spread_rows(*arrays: np.ndarray) -> list[jax.Array]:
     The number of rows must be a multiple of the number of devices, see `rows_for`.
     """
     return jax.device_put(list(arrays), NamedSharding(_line(), P("rows")))
+
+
+def by_rows(function: Callable) -> Callable:
+    """Return function(rows, shared) such that each device of this process computes the results of its part of the rows.
+
+    rows: an array [N, ...], any N; shared: arrays that every device holds whole. What comes back has an axis of N first.
+    """
+    specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows")}
+    run = jax.jit(jax.shard_map(function, mesh=_line(), check_vma=False, **specs))
+
+    def call(rows: np.ndarray, shared):
+        more = rows_for(len(rows)) - len(rows)
+        padded = np.pad(rows, ((0, more), *[(0, 0)] * (rows.ndim - 1)))
+        return jax.tree.map(lambda x: x[: len(rows)], run(*spread_rows(padded), shared))
+
+    return call
 
 
 def rows_for(rows: int) -> int:

@@ -87,3 +87,15 @@ def test_unknown_benchmarks_and_peers_are_refused():
         run_bench("generate", load_config(None, ["audit.batch_size=12"]))
     with pytest.raises(UserError, match="knows no peer 'scrubadub'"):
         run_bench("detect", load_config(), "scrubadub")
+
+
+def test_knn_measures_all_on_the_same_vectors():
+    from rmft_jax.bench import knn
+
+    result = knn.run(load_config(), "scikit-learn", keys=500, queries=24, clusters=8, runs=2)
+    searches = result["searches"]
+    assert {"exact", "approximate", "scikit-learn"} <= set(searches) and len(result["runs"]) == 2
+    assert searches["scikit-learn"]["recall"] > 0.999 and 0.99 <= searches["approximate"]["recall"] <= 1
+    assert result["peer_value"] == searches["scikit-learn"]["queries_per_s"] and result["peer"] == "scikit-learn"
+    with pytest.raises(UserError, match="bench knn knows no peer 'annoy': choose one of faiss-cpu, scikit-learn"):
+        knn.run(load_config(), "annoy")

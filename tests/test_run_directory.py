@@ -24,8 +24,9 @@ def twins(tmp_path_factory):
         texts[7] = f"From: {name}@alder.example.com\nPlease call me. {name}@alder.example.com\n" * 2
         (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(texts))
         settings = [f"out={folder / name}", "source.format=text", f"source.path={folder / name}.txt",
-                    "tokenizer.vocab_size=320", "model.layers=1", "model.width=16", "model.heads=2", "training.batch_size=8",
-                    "training.steps=3", "training.sequence_length=64", "checkpoint.count=1", "tracker.enabled=true", "name=twin"]  # fmt: skip
+                    "tokenizer.vocab_size=320", "model.layers=1", "model.width=16", "model.heads=2",
+                    "training.batch_size=8", "training.steps=3", "training.sequence_length=64", "checkpoint.count=1",
+                    "tracker.enabled=true", "name=twin"]  # fmt: skip
         config = load_config(None, settings)
         prepare(config)
         runs.append(train(config))
