@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow chaos lint clean
+.PHONY: demo test test-slow chaos lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
@@ -17,8 +17,12 @@ chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/test_chaos.py
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check rmft_jax tests
+	$(BIN)/ruff check rmft_jax tests docs
 	$(BIN)/lint-imports --no-cache
+
+# docs/reference, from docstrings and the command line.
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
 
 # Installs once: again only after the package's metadata or the tested versions have changed.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
