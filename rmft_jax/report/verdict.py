@@ -74,7 +74,7 @@ def _setting(view: View) -> Markup:
     count = Markup("{} prompts").format(view.num(*prompts)) if known else "prompts"
     trained = Markup()
     if is_number(view.value("data", "documents")) and is_number(view.value("data", "tokens")):
-        trained = Markup("The models were trained on {} documents of {} ({} tokens). ").format(
+        trained = Markup("The models were trained on {} documents of “{}” ({} tokens). ").format(
             view.num("data", "documents"), view.text("data", "source"), view.num("data", "tokens"))
     return trained + Markup(
         "Each was given {} (set “{}”) and the {} it wrote out were checked against its training text; other prompts may "
