@@ -327,6 +327,7 @@ class TrainingConfig:
     loss or gradient is not finite.
     attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
+    wandb: a project of Weights & Biases that gets the scalars of TensorBoard too (extra [wandb]), "" = none.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     objective: causal | masked (each token is hidden with probability `mask_share` and guessed from all others of its
     document; Devlin et al. 2019, without replacements other than the mask; for `rmft study scaling` alone).
@@ -359,6 +360,7 @@ class TrainingConfig:
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
+    wandb: str = ""
     objective: str = "causal"
     mask_share: float = 0.15
 

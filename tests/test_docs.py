@@ -198,3 +198,14 @@ def test_links_between_pages_lead_somewhere(page):
             headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
             assert anchor in slugs, (target, sorted(slugs))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(place):
+    names = {}
+    for cell in json.loads((ROOT / "docs/notebook.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "notebook", "exec"), names)  # noqa: S102
+    runs = names["results"]["runs"]
+    leaked = {name: run["checkpoints"][-1]["prompts"]["all"]["true_leaked"] for name, run in runs.items()}
+    assert leaked["rmft"] < leaked["baseline"] and names["page"].stat().st_size > 10_000

@@ -26,6 +26,7 @@ from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
 from rmft_jax.progress import say, track
 from rmft_jax.training.attention import choose_attention
+from rmft_jax.training.board import Board, load_wandb
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.fitting import check_fit
@@ -63,6 +64,8 @@ def train(config: Config) -> Path:
     """
     if config.training.objective != "causal":
         raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
+    if config.training.wandb:
+        load_wandb()
     prepared = load_prepared(config)
     blocks, heldout = load_blocks(config, prepared)
     plan = make_plan(config, len(blocks))
@@ -255,7 +258,7 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped.
+    """metrics.jsonl and the Board, one record every `log_every` steps; lines after the resumed step are dropped.
 
     Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
     input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
@@ -268,11 +271,9 @@ class MetricsLog:
         self._tokens, self._flops = config.training.batch_size * config.training.sequence_length, flops
         self._board = None
         if is_main():
-            import tensorboardX
-
             kept = [record for record in read_lines(self._path) if record["step"] <= begin]
             write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
+            self._board = Board(directory, config, begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
         self._loss, self._rate = math.nan, math.nan
@@ -298,7 +299,7 @@ class MetricsLog:
         self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
-        """Send held-out scores to TensorBoard."""
+        """Send held-out scores to the Board."""
         for name in ("perplexity", "perplexity_pii", "perplexity_other"):
             if self._board and scores[name] is not None:
                 self._board.add_scalar(f"heldout/{name}", scores[name], step)
