@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow chaos lint docs clean
+.PHONY: demo test test-slow chaos lint types docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) types
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED)
@@ -19,6 +19,9 @@ chaos: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check rmft_jax tests docs
 	$(BIN)/lint-imports --no-cache
+
+types: $(INSTALLED)
+	$(BIN)/mypy
 
 # docs/reference, from docstrings and the command line.
 docs: $(INSTALLED)

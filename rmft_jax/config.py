@@ -1085,7 +1085,8 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
             items = value or []
             if not isinstance(items, (list, tuple)):
                 raise UserError(f"{prefix}{key} in {where} is {value!r}: it must be a list of sections")
-            values[key] = tuple(_build(item, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
+            cls_of = typing.cast(type, item)
+            values[key] = tuple(_build(cls_of, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)
@@ -1135,8 +1136,7 @@ def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typin
         if all(isinstance(item, item_kind) and not isinstance(item, bool) for item in items):
             return tuple(items)
         what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]", float: "numbers, such as [0.5, 1]"}
-        what = what[item_kind]
-        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what}")
+        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what[item_kind]}")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

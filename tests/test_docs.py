@@ -27,7 +27,8 @@ from rmft_jax.config import Config, load_config, with_changes
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
 BLOCK = re.compile(r"^(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-HEAVY = ("docs/tutorial.md", "docs/howto/finetune_huggingface.md", "docs/howto/audit_another_model.md")
+HEAVY = tuple(f"docs/{name}.md" for name in (
+    "tutorial", "howto/finetune_huggingface", "howto/audit_another_model", "howto/tpu_pod"))  # fmt: skip
 FIRST = ("rmft init", "rmft convert import", "rmft prepare", "rmft doctor")
 SMALL = {
     "train": ["training.steps=8", "training.log_every=4", "training.warmup_steps=2"],

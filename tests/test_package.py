@@ -3,8 +3,11 @@
 import ast
 import importlib
 import inspect
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,25 @@ def test_startup_is_measured():
     assert set(result["limits"]) == {"rmft --help", "import rmft_jax", "import rmft_jax, load a config"}
     with pytest.raises(UserError, match="knows no peer 'bash'"):
         run_bench("startup", load_config(), "bash")
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_all_that_runs_and_nothing_else(tmp_path):
+    """Built without isolation, by the setuptools at hand: no network is needed."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "rmft_jax", source / "rmft_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "-w", str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        about = archive.read(next(name for name in names if name.endswith("dist-info/METADATA"))).decode()
+        commands = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "rmft_jax").rglob("*")
+              if path.is_file() and path.suffix != ".pyc"}  # fmt: skip
+    assert wanted == {name for name in names if ".dist-info/" not in name}
+    assert any(name.endswith("licenses/LICENSE") for name in names) and re.search(r"^License(-Expression)?: Apache-2.0$", about, re.M)
+    assert "rmft = rmft_jax.cli:main" in commands and "rmft_jax/py.typed" in names
+    assert {"cuda", "tpu", "re2", "gguf", "data", "dp", "wandb"} <= set(re.findall(r"Provides-Extra: (\w+)", about))
