@@ -1,6 +1,7 @@
 """The package as others import it: names, cost of importing, what the wheel holds."""
 
 import ast
+import configparser
 import importlib
 import inspect
 import os
@@ -124,3 +125,11 @@ def test_time_left_does_not_count_what_comes_once(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == [
         "work: 1/5 (20%)", "work: 2/5 (40%), 60 s left", "work: 3/5 (60%), 40 s left",
     ]  # fmt: skip
+
+
+def test_licenses_of_all_that_is_installed_are_listed():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    wanted = re.findall(r"^([\w.-]+)(?: >=.*)?$", settings["options"]["install_requires"], re.MULTILINE)
+    rows = re.findall(r"^\| ([\w.-]+) \| (.*?) \| http", (ROOT / "docs/licenses.md").read_text(), re.MULTILINE)
+    assert len(wanted) > 20 and sorted(wanted) == sorted(name for name, license in rows if license)
