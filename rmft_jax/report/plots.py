@@ -100,7 +100,8 @@ def log_ticks(low: float, high: float) -> list:
 def tick_text(tick: float, ticks: list) -> str:
     """Return the tick's label with just the decimals that its neighbours need."""
     if max(map(abs, ticks)) >= 1e5:
-        return f"{tick:.3g}"
+        power, letter = next((p, letter) for p, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, "")) if abs(tick) >= p)
+        return f"{tick / (power or 1):.3g}{letter}".replace("-", "−")
     gap = min(b - a for a, b in pairwise(ticks))
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     return f"{tick:,.{decimals}f}".replace("-", "−")

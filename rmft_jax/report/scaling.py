@@ -55,7 +55,7 @@ def scaling_charts(view: View) -> list[Chart]:
         sizes = list(view.value(*main, "sizes"))
         taus = list(view.value(*main, "sizes", sizes[0], "times"))
         lines = [_over_sizes(view, f"τ = {tau}", n, main, ("times", tau, "between")) for n, tau in enumerate(taus)]
-        laws = [(view.value(*main, "power_laws", tau, "fit", key) for key in ("scale", "slope")) for tau in taus]
+        laws = [[view.value(*main, "power_laws", tau, "fit", key) for key in ("scale", "slope")] for tau in taus]
         fits = [(n, scale, slope) for n, (scale, slope) in enumerate(laws) if is_number(scale) and is_number(slope)]
         found.append(_chart("times", "T(N, τ)", "times each token is seen until M ≥ τ; thin: power laws", lines,
                             "parameters N (log scale)", from_zero=False, log_x=True, fits=fits))
