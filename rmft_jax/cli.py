@@ -17,8 +17,11 @@ from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
-    "The main job: prepare -> train (once as baseline, once with masking) -> audit -> compare -> report.\n\n"
-    "`rmft demo` does all of it on a bundled corpus. Any setting can follow a command as key.path=value.",
+    "Start: `rmft doctor` says what works here; `rmft demo` does the whole job on a bundled corpus; `rmft init DATA` "
+    "writes a config for your own text.\n\n"
+    "The main job: prepare -> train (once with masking.policy=none, once without) -> audit -> compare -> report.\n\n"
+    "Any setting can follow a command as key.path=value. Results go to stdout (--json for programs), progress to stderr. "
+    "Tab completes: rmft --install-completion.",
     add_completion=True,
     pretty_exceptions_enable=False,
 )
@@ -136,7 +139,7 @@ def plan(
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train one model on prepared data; prints the run's directory."""
     from rmft_jax.config import load_config
 
@@ -149,7 +152,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     join_processes()
     directory = train(settings)
     if is_main():
-        print(directory)
+        print(json.dumps({"run": str(directory)}) if as_json else directory)
 
 
 @app.command()
@@ -298,6 +301,7 @@ def demo(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="Another config [default: the bundled corpus].")] = None,
     out: Annotated[str, typer.Option(help="Output directory.")] = "runs/demo",
+    as_json: Json = False,
 ) -> None:
     """Do the main job: prepare, train baseline, dedup and RMFT, audit, compare, report."""
     from rmft_jax.config import load_config
@@ -308,6 +312,9 @@ def demo(
 
     use_cores(settings)
     results, path = demo(settings)
+    if as_json:
+        print(json.dumps(results))
+        return
     _print_table(results)
     print(f"report: {path}")
 

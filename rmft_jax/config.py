@@ -334,6 +334,7 @@ class TrainingConfig:
     loss or gradient is not finite.
     attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
+    wandb: a project of Weights & Biases that gets the scalars of TensorBoard too (extra [wandb]), "" = none.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     objective: causal | masked (each token is hidden with probability `mask_share` and guessed from all others of its
     document; Devlin et al. 2019, without replacements other than the mask; for `rmft study scaling` alone).
@@ -366,6 +367,7 @@ class TrainingConfig:
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
+    wandb: str = ""
     objective: str = "causal"
     mask_share: float = 0.15
 
@@ -1261,7 +1263,8 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
             items = value or []
             if not isinstance(items, (list, tuple)):
                 raise UserError(f"{prefix}{key} in {where} is {value!r}: it must be a list of sections")
-            values[key] = tuple(_build(item, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
+            cls_of = typing.cast(type, item)
+            values[key] = tuple(_build(cls_of, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)
@@ -1311,8 +1314,7 @@ def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typin
         if all(isinstance(item, item_kind) and not isinstance(item, bool) for item in items):
             return tuple(items)
         what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]", float: "numbers, such as [0.5, 1]"}
-        what = what[item_kind]
-        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what}")
+        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what[item_kind]}")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -129,7 +129,7 @@ def keep_programs() -> None:
 
     In JAX_COMPILATION_CACHE_DIR if set, else in the user's cache directory.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "rmft_jax" / "programs"))
 

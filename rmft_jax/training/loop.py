@@ -18,9 +18,9 @@ from rmft_jax.errors import Preempted, UserError
 from rmft_jax.files import LineFile, read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
-from rmft_jax.paths import is_remote
 from rmft_jax.processes import barrier
 from rmft_jax.progress import say, track
+from rmft_jax.training.board import Board, load_wandb
 from rmft_jax.training.checkpoints import Checkpoints, Clock
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.goodput import Goodput, describe_goodput
@@ -48,6 +48,8 @@ def train(config: Config) -> Path:
     """
     if config.training.objective != "causal":
         raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
+    if config.training.wandb:
+        load_wandb()
     run, directory = set_up(config), config.run_dir
     if is_main():
         _claim(directory, config)
@@ -205,7 +207,7 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped.
+    """metrics.jsonl and the Board, one record every `log_every` steps; lines after the resumed step are dropped.
 
     Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
     input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
@@ -224,10 +226,7 @@ class MetricsLog:
         if is_main():
             kept = [record for record in read_lines(self._path) if record["step"] <= begin]
             self._file = LineFile(self._path, kept)
-        if is_main() and not is_remote(directory):  # whose files cannot grow
-            import tensorboardX
-
-            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
+            self._board = Board(directory, run.config, begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
         self._loss, self._rate = math.nan, math.nan
@@ -256,7 +255,7 @@ class MetricsLog:
         self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
-        """Send held-out scores to TensorBoard."""
+        """Send held-out scores to the Board."""
         for name in ("perplexity", "perplexity_pii", "perplexity_other"):
             if self._board and scores[name] is not None:
                 self._board.add_scalar(f"heldout/{name}", scores[name], step)
