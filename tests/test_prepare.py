@@ -1,5 +1,6 @@
 """The data set that `prepare` writes: the same on any number of cores, by Beam, and however often it was interrupted."""
 
+import dataclasses
 import operator
 import os
 import random
@@ -271,3 +272,13 @@ def test_an_unknown_runner_is_refused(tmp_path):
     with pytest.raises(UserError, match="choose one of local, beam"):
         prepare(load_config(None, [*SETTINGS, f"out={tmp_path / 'x'}"]), runner="spark")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}", "dedup.most_tokens=1000"])
+    manifest = prepare(config, workers=1)
+    assert manifest["duplicates"]["removed_tokens"] is None
+    assert not any(record["duplicate"].any() for record in read_corpus(config.data_dir, "train"))
+    load_prepared(config)
+    with pytest.raises(UserError, match="larger dedup.most_tokens"):
+        load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))

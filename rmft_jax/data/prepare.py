@@ -104,6 +104,8 @@ def load_prepared(config: Config) -> Prepared:
     changed = _changed(manifest, config)
     if changed:
         raise UserError(f"{directory} was prepared with another {changed}: use the same value, or prepare another out=")
+    if config.dedup.policy != "none":
+        check_flagged(manifest)
     mend = "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     hashes = identities["hashes"].tolist()
@@ -132,6 +134,15 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
         duplicates = flag_duplicates(job, shards, number_shards(job, shards))
         run_shards(write_records, job, shards, job.records, "prepare: writing", workers)
     return _assemble(job, shards, read, duplicates)
+
+
+def check_flagged(manifest: dict) -> None:
+    """Raise UserError for prepared data that were not searched for duplicates."""
+    if manifest.get("duplicates", {}).get("removed_tokens", 0) is None:
+        raise UserError(
+            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for duplicates: prepare them in "
+            f"another out= with a larger dedup.most_tokens, or set dedup.policy=none"
+        )
 
 
 def begin(job: Job) -> tuple[dict, list[Shard]]:
