@@ -180,16 +180,16 @@ def test_a_call_that_is_killed_at_any_moment_is_gone_on_with(undisturbed, tmp_pa
     config = load_config(None, [*SETTINGS, f"out={tmp_path / 'out'}"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [*RMFT, "prepare", str(tmp_path / "config.yaml"), "--workers", "2"]
-    work, rng, redone, finished = config.data_dir.with_name(".data.partial"), random.Random(5), 0, {}
-    for number in range(kills):
+    work, rng, redone, finished, killed = config.data_dir.with_name(".data.partial"), random.Random(5), 0, {}, 0
+    while killed < kills:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        stage = ("texts", "tokenizer", "tagged", "ranks", "records", "final")[number % 6]
+        stage = ("texts", "tokenizer", "tagged", "ranks", "records", "final")[killed % 6]
         while process.poll() is None and not (work / stage).exists():
             time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if config.data_dir.exists():  # it was done before
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        if config.data_dir.exists():  # it was done
             assert files_of(config.data_dir) == undisturbed
             shutil.rmtree(config.data_dir)
             finished = {}
