@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, w
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
+from rmft_jax.pii.spans import Span
 from rmft_jax.progress import say
 
 SCHEMA = 3
@@ -171,11 +172,20 @@ def _make_tokenizer(job: Job, shards: Sequence[Shard], characters: int) -> Token
     if config.tokenizer.path:
         return load_tokenizer(Path(config.tokenizer.path))
     say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
-    return SentencePieceTokenizer.train(_text_outside_pii(job, shards, characters), config.tokenizer)
+    return SentencePieceTokenizer.train(_text_outside_pii(_sample(job, shards, characters)), config.tokenizer)
 
 
-def _text_outside_pii(job: Job, shards: Sequence[Shard], characters: int) -> Iterator[str]:
-    """Yield the training text without its PII; of a large corpus, that of documents drawn at random."""
+def _text_outside_pii(pairs: Iterable[tuple[str, Sequence[Span]]]) -> Iterator[str]:
+    for text, spans in pairs:
+        done = 0
+        for span in spans:
+            yield text[done : span.start]
+            done = span.end
+        yield text[done:]
+
+
+def _sample(job: Job, shards: Sequence[Shard], characters: int) -> Iterator[tuple[str, Sequence[Span]]]:
+    """Yield the training documents with their PII; of a large corpus, documents drawn at random."""
     config = job.config
     share = min(1.0, config.tokenizer.train_characters / max(1, characters))
     detector, rng = Detector(config.pii), np.random.default_rng([config.source.seed, 3])
@@ -183,12 +193,7 @@ def _text_outside_pii(job: Job, shards: Sequence[Shard], characters: int) -> Ite
         chosen = rng.random(len(shard.train)) < share
         some = dataclasses.replace(shard, train=shard.train[chosen])
         texts = texts_of(job.texts, some, "train", config) if chosen.any() else []
-        for text, spans in zip(texts, detector.detect_many(texts), strict=True):
-            done = 0
-            for span in spans:
-                yield text[done : span.start]
-                done = span.end
-            yield text[done:]
+        yield from zip(texts, detector.detect_many(texts), strict=True)
 
 
 def number_shards(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
