@@ -325,6 +325,8 @@ class TrainingConfig:
     accumulation: microbatches that the batch is cut into, one after the other through the model, to save memory.
     loss_chunk: tokens of a device whose logits are held at once, 0 = all. z_loss: weight of log(Z)^2 in the loss, where Z is
     the sum of exp(logits).
+    packing: concatenate (documents one after the other, cut into rows of one length, as the RMFT paper did) | best_fit (rows
+    that hold documents whole but for those longer than a row, with padding; of the training data).
     remat: what the backward pass computes again instead of keeping it. none | full (all inside a block) | dots (all but
     matrix products).
     optimizer: adamw | adafactor (Shazeer & Stern 2018) | lion (Chen et al. 2023) | muon (Jordan et al. 2024, on the matrices
@@ -342,6 +344,7 @@ class TrainingConfig:
 
     batch_size: int = 16
     accumulation: int = 1
+    packing: str = "concatenate"
     sequence_length: int = 128
     epochs: float = 6.0
     steps: int = 0
@@ -907,6 +910,7 @@ _CHOICES = {
     "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.optimizer": ("adamw", "adafactor", "lion", "muon"),
     "training.schedule": ("linear", "cosine", "wsd"),
+    "training.packing": ("concatenate", "best_fit"),
     "training.objective": ("causal", "masked"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
