@@ -280,7 +280,7 @@ def _charts(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
 
 
 def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
-    """Return what the paper claims, means over seeds with bootstrap intervals over seeds; and how good the scores are."""
+    """Return what the paper claims, and how good the scores are: means, with bootstrap intervals over seeds or examples."""
     plain, whole, out = found["arms"][PLAIN], found["arms"]["retroprompt"], []
 
     def mean_claim(id, source, statement, expected, values, **bound):
@@ -300,6 +300,10 @@ def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
     if wrong.any(1).all() and not wrong.all(1).any():
         ratio = np.array(_memorization(plain, wrong)["values"]) / np.array(_memorization(plain, ~wrong)["values"])
         mean_claim("flipped", EXPECTED, "self-influence of wrong labels over that of right ones", 2, ratio, at_least=2)
+    if len(found["left_out"]) > 1:
+        fell = np.array(found["left_out"]["retroprompt"]) - np.array(found["left_out"][PLAIN])
+        mean_claim("fall", SOURCE, "fall of P(label) without the example, under retroprompt less under the plain prompt", 0,
+                   fell, at_most=0)  # fmt: skip
     for arm, falls in found["left_out"].items():
         falls, scores = np.array(falls), np.array(found["arms"][arm]["influence"][0])[: len(falls)]
         measured = bootstrap(lambda pick, f=falls, s=scores: rank_correlation(f[pick], s[pick]), len(falls))
