@@ -68,8 +68,10 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
             make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
             findings[name] = part(out / "parts" / f"{name}.json", settings, make, title)
         else:
-            lookup = dataclasses.asdict(config.study.retroprompt.text)
-            settings = to_dict(arms[name]) | {"lookup": lookup | {"arms": {}, "loss": lookup["arms"][name]["loss"]}}
+            text = config.study.retroprompt.text
+            arm = text.arms[name]
+            lookup = {"arms": {}, "loss": arm.loss, "epochs": arm.epochs or text.epochs}
+            settings = to_dict(arms[name]) | {"lookup": dataclasses.asdict(text) | lookup}
             make = lambda: train_arm(config, name, arms[name])  # noqa: B023, E731
             texts[name] = part(out / "parts" / f"text-{name}.json", settings, make, title)
         results = frame("retroprompt", command, config.study.seeds, number, len(todo)) | _results(findings, sets)
