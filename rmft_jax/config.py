@@ -693,10 +693,13 @@ class LookupArmConfig:
     vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
     loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
     these learn what the store does not know). The neighbours of a token are those in other documents.
+    epochs: passes over the text, 0 = as many as the others take. (Fewer under the plain loss are the control: a model that
+    knows less gives away less.)
     """
 
     vary: dict[str, typing.Any] = field(default_factory=dict)
     loss: str = "plain"
+    epochs: int = 0
 
 
 @dataclass(frozen=True)
