@@ -18,6 +18,7 @@ from rmft_jax.data.sources import first_bytes, first_rows, read_documents
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_text
 from rmft_jax.pii.detector import Detector
+from rmft_jax.progress import say
 
 SCHEMA = 1
 SAMPLE = 5000  # documents
@@ -46,10 +47,13 @@ def suggest_config(data: str, *, minutes: float = 15.0, out: str = "", name: str
     Raises UserError for data that cannot be read, or hold no text.
     """
     source = find_source(data)
+    say(f"init: reading the first documents of {data}, {SAMPLE:,} at most")
     texts = _sample(source)
     characters = sum(map(len, texts))
     total = _documents(source, texts)
+    say(f"init: looking for personal data in {len(texts):,} documents")
     pii = count_pii(texts)
+    say("init: how fast is this machine")
     machine = _machine()
     speed = speed or machine["flops"]
     plan = _fit(texts, total, speed * 60 * minutes, on_cpu=machine["platform"] == "cpu")
