@@ -113,8 +113,8 @@ def find_source(data: str) -> SourceConfig:
     if not path.exists():
         raise UserError(f"{data} does not exist: name a file or a folder with your text")
     if path.is_dir():
-        if any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json")):
-            return SourceConfig(format="tfds", path=data)
+        if found := sorted([*path.glob("dataset_info.json"), *path.glob("*/dataset_info.json")]):
+            return SourceConfig(format="tfds", path=str(found[-1].parent))  # of several versions the last
         return SourceConfig(format="maildir", path=data)
     if re.search(r"\.(tar|tgz|tar\.\w+)$", path.name):
         return SourceConfig(format="maildir", path=data)
@@ -128,6 +128,8 @@ def find_source(data: str) -> SourceConfig:
         return _with_field(data, "parquet")
     if head.lstrip().startswith(b"{"):
         return _with_field(data, "jsonl")
+    if head.lstrip().startswith(b"[") and ".json" in path.suffixes:
+        raise UserError(f"{data} is one JSON array: write an object a line, for instance by jq -c '.[]', and name it .jsonl")
     if head.startswith(b"From "):
         return SourceConfig(format="mbox", path=data)
     if re.search(r"\.csv(\.gz|\.zst)?$", path.name):
