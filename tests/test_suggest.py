@@ -139,7 +139,9 @@ def test_documents_of_large_files_are_estimated(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content, says", [
     (None, "does not exist: name a file or a folder"), (b"", "is empty"), (b"\x1f\x8b\x08\0torn", "cannot be read"),
-    (b'{"n": 1}\n', "no field with text"), (b'[{"text": "a"}]', "is one JSON array: write an object a line"), (b"\x89PNG\r\n\0\0", "neither text nor a format known here"),
+    (b'{"n": 1}\n', "no field with text"),
+    (b'[{"text": "a"}]', "is one JSON array: write an object a line"),
+    (b"\x89PNG\r\n\0\0", "neither text nor a format known here"),
     (b"one document alone", "has no training documents")])  # fmt: skip
 def test_bad_data_are_one_line(content, says, tmp_path, capsys):
     path = tmp_path / {0x1F: "a.jsonl.gz", ord("["): "a.json"}.get(next(iter(content or b""), 0), "a.txt")
