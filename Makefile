@@ -19,6 +19,7 @@ chaos: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check rmft_jax tests docs
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck --external-sources tpu_scripts/*.sh tests/pods/*.sh
 
 types: $(INSTALLED)
 	$(BIN)/mypy

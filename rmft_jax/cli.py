@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from rmft_jax.errors import Preempted, UserError
+from rmft_jax.errors import PeersMissing, Preempted, UserError
 from rmft_jax.files import disk_fault
+from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
@@ -53,13 +54,22 @@ def init(
 
 
 @app.command()
-def prepare(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
+def prepare(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Processes [default: as many as cores].", min=0)] = 0,
+    runner: Annotated[str, typer.Option(help="local, or beam: an Apache Beam pipeline.")] = "local",
+    beam_options: Annotated[str, typer.Option(help="Of the pipeline, such as '--runner=FlinkRunner ...'.")] = "",
+    as_json: Json = False,
+) -> None:
     """Turn text into a tagged data set: PII found and ranked, text tokenised."""
+    import shlex
+
     from rmft_jax.config import load_config
     from rmft_jax.data.prepare import prepare
 
     settings = load_config(config, overrides or [])
-    manifest = prepare(settings)
+    manifest = prepare(settings, workers=workers, runner=runner, beam_options=shlex.split(beam_options))
     if as_json:
         print(json.dumps(manifest))
         return
@@ -101,6 +111,9 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 1,
     hbm: Annotated[str, typer.Option(help="Memory of each device, such as 80GB, 80GiB or 16e9 [default: no limit].")] = "",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the step too, for as many fake CPU devices.")] = False,
+    chip: Annotated[str, typer.Option(help="v5e, v5p, v6e or h100: the least time of a step, and whether it fits.")] = "",
+    topology: Annotated[str, typer.Option(help="Of a slice, such as 16x16: compile by libtpu, without a TPU.")] = "",
+    scaling: Annotated[str, typer.Option(help="weak or strong: a table of twice as many chips again and again.")] = "",
     as_json: Json = False,
 ) -> None:
     """Say what a run takes of each device, and whether it fits, before there is any; exit code 2 where it does not."""
@@ -109,11 +122,17 @@ def plan(
     settings = load_config(config, overrides or [])
     from rmft_jax.devices import fake_devices
     from rmft_jax.training.memory import parse_bytes
-    from rmft_jax.training.plan import describe, plan
+    from rmft_jax.training.plan import describe, describe_scaling, plan, scaling_table
 
     limit = parse_bytes(hbm) if hbm else None
     fake_devices(devices if compile else 1)
-    result = plan(settings, devices=devices, limit=limit, compile=compile)
+    if scaling not in ("", "weak", "strong") or (scaling and not chip):
+        raise UserError(f"--scaling is {scaling!r}: write weak or strong, and a --chip")
+    if scaling:
+        rows = scaling_table(settings, chip, most=devices, weak=scaling == "weak")
+        print(json.dumps(rows) if as_json else describe_scaling(rows))
+        return
+    result = plan(settings, devices=devices, limit=limit, compile=compile, chip=chip, topology=topology)
     print(json.dumps(result) if as_json else describe(result))
     if result["error"]:
         raise UserError(result["error"])
@@ -125,7 +144,8 @@ def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False
     from rmft_jax.config import load_config
 
     settings = load_config(config, overrides or [])
-    from rmft_jax.devices import is_main, join_processes, use_cores
+    from rmft_jax.devices import is_main, use_cores
+    from rmft_jax.processes import join_processes
     from rmft_jax.training.loop import train
 
     use_cores(settings)
@@ -133,6 +153,24 @@ def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False
     directory = train(settings)
     if is_main():
         print(json.dumps({"run": str(directory)}) if as_json else directory)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    step: Annotated[int, typer.Option(min=0, help="Which step [default: the last that was left out].")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Take a step that RUN left out again: which rows of its batch had which loss and gradient."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.training.setup import load_run_config
+
+    use_cores(load_run_config(run))
+    from rmft_jax.training.replay import replay
+
+    found = replay(run, step)
+    print(json.dumps(found)) if as_json else _print_replay(found)
+    print(f"wrote {run / 'replay' / str(found['step'])}.json", file=sys.stderr)
 
 
 @app.command()
@@ -176,6 +214,30 @@ def track(
         return
     for run, result in zip(paths, results, strict=True):
         _print_track(run, result)
+
+
+@app.command("audit-vlm")
+def audit_vlm(
+    embeddings: Annotated[Path, typer.Argument(help="An .npz file of embeddings and objects: docs/deja_vu.md.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write [default: NAME.deja_vu.json beside it].")] = None,
+    neighbours: Annotated[int, typer.Option(help="Public images that a caption is compared with.")] = 10,
+    clusters: Annotated[int, typer.Option(help="For millions of public images: search approximately; 0 = exactly.")] = 0,
+    probes: Annotated[int, typer.Option(help="Cells of the approximate search that each caption visits.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Test a vision-language model of your own for deja vu memorization, by its embeddings."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.memorization.deja_vu import audit_vlm
+
+    use_cores()
+    result = audit_vlm(embeddings, out, k=neighbours, clusters=clusters, probes=probes)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, test in result["tests"].items():
+        ends = {gap: "[{:.3f}, {:.3f}]".format(*test["intervals"][gap]) for gap in ("ppg", "prg", "aucg")}
+        gaps = ", ".join(f"{gap.upper()} {test['population'][gap]:.3f} {said}" for gap, said in ends.items())
+        print(f"{name.replace('_', ' ')}: {gaps} ({result['records']:,} records, {result['public']:,} public images)")
 
 
 @app.command()
@@ -259,7 +321,7 @@ def demo(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning or m-score.")],
+    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu, retroprompt.")],
     config: ConfigPath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,
@@ -353,7 +415,7 @@ def convert_export(
 def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into run directories and key=value overrides."""
     overrides = [item for item in arguments if "=" in item and not Path(item).exists()]
-    paths = [Path(item) for item in arguments if item not in overrides]
+    paths = [as_path(item) for item in arguments if item not in overrides]
     if not paths:
         raise UserError("no run was named: give at least one run directory")
     return paths, overrides
@@ -394,6 +456,29 @@ def _print_track(run: Path, result: dict) -> None:
     console.print(table)
 
 
+def _print_replay(found: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    number = lambda value: "not finite" if value is None else f"{value:.4g}"  # noqa: E731
+    verdict = "left out again" if found["left_out"] else "not left out this time"
+    table = Table(
+        title=f"step {found['step']}, from the checkpoint of step {found['from_step']}: {verdict}; "
+        f"loss {number(found['loss'])}, gradient norm {number(found['gradient_norm'])}; parameters before it are "
+        f"{'finite' if found['parameters_finite'] else 'not finite'}",
+        title_justify="left",
+    )
+    for column in ("block", "epoch", "documents", "tokens", "of them PII", "loss", "gradient norm"):
+        table.add_column(column, justify="right")
+    for row in found["rows"]:
+        documents = ", ".join(map(str, row["documents"][:4])) + (", ..." if len(row["documents"]) > 4 else "")
+        counts = (str(row[name]) for name in ("block", "epoch"))
+        rest = (str(row["tokens"]), str(row["pii_tokens"]), number(row["loss"]), number(row["gradient_norm"]))
+        table.add_row(*counts, documents, *rest)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(table)
+
+
 def _print_claims(results: dict) -> None:
     from rich.console import Console
 
@@ -418,7 +503,8 @@ def _use_large_pages() -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit code 2 for a mistake the user can mend, 143 after SIGTERM, 130 after Ctrl-C, 1 for a fault of ours (a traceback).
+    Exit code 2 for a mistake the user can mend, 75 where processes of the run are missing, 143 after SIGTERM, 130 after
+    Ctrl-C, 1 for a fault of ours (a traceback).
     """
     _use_large_pages()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -430,6 +516,8 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         _fail(str(error))
+    except PeersMissing as error:
+        _fail(f"{error}: start all of them again", code=75)
     except TyperException as error:  # an unknown option, a missing argument
         _fail(f"{error.format_message()} (see rmft {' '.join(sys.argv[1:2])} --help)")
     except Preempted as notice:
@@ -461,9 +549,9 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     return None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

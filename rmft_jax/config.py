@@ -17,6 +17,7 @@ import yaml
 
 from rmft_jax.errors import UserError
 from rmft_jax.includes import merge, read_includes, read_tree
+from rmft_jax.paths import as_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class SourceConfig:
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
     on_error: raise | skip (skipped documents are counted in the manifest). seed: of all that is random in the data.
+    shard_characters: size of the pieces of the corpus that `prepare` works on in parallel, a file of the data set each.
     """
 
     format: str = "synthetic"
@@ -46,6 +48,7 @@ class SourceConfig:
     heldout_fraction: float = 0.1
     on_error: str = "raise"
     seed: int = 0
+    shard_characters: int = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class TokenizerConfig:
     path: a tokenizer to take instead, which has its own vocabulary: a SentencePiece model, such as that of other prepared
     data (their tokenizer.model), or a tokenizer.json of Hugging Face; both without loss, such as byte-level BPE. Where the
     config.json of a model stands beside tokenizer.json, its vocab_size counts.
+    train_characters: text to train on, drawn at random from the training documents where they have more.
     """
 
     vocab_size: int = 2048
     model_type: str = "bpe"
     path: str = ""
+    train_characters: int = 100_000_000
 
 
 # Built-in types of personal data, each a module of that name.
@@ -162,12 +167,14 @@ class DedupConfig:
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
+    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
     """
 
     policy: str = "none"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
+    most_tokens: int = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -318,6 +325,8 @@ class TrainingConfig:
     accumulation: microbatches that the batch is cut into, one after the other through the model, to save memory.
     loss_chunk: tokens of a device whose logits are held at once, 0 = all. z_loss: weight of log(Z)^2 in the loss, where Z is
     the sum of exp(logits).
+    packing: concatenate (documents one after the other, cut into rows of one length, as the RMFT paper did) | best_fit (rows
+    that hold documents whole but for those longer than a row, with padding; of the training data).
     remat: what the backward pass computes again instead of keeping it. none | full (all inside a block) | dots (all but
     matrix products).
     optimizer: adamw | adafactor (Shazeer & Stern 2018) | lion (Chen et al. 2023) | muon (Jordan et al. 2024, on the matrices
@@ -335,6 +344,7 @@ class TrainingConfig:
 
     batch_size: int = 16
     accumulation: int = 1
+    packing: str = "concatenate"
     sequence_length: int = 128
     epochs: float = 6.0
     steps: int = 0
@@ -398,12 +408,14 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """count: evenly spaced checkpoints, all kept, for the audit. every_steps: further ones to resume from, of which
-    the newest keep_last stay (0 = none)."""
+    """count: evenly spaced checkpoints, all kept, for the audit. every_steps, every_minutes: further ones to resume
+    from (0 = none). The newest keep_last of those stay, and with keep_hours one in so many hours (0 = none)."""
 
     count: int = 4
     every_steps: int = 0
+    every_minutes: float = 0.0
     keep_last: int = 2
+    keep_hours: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -624,6 +636,170 @@ class MScoreConfig:
 
 
 @dataclass(frozen=True)
+class PromptSetConfig:
+    """Few-shot classification of one set of texts by one model in `rmft study retroprompt`.
+
+    texts, path, text_field, label_field, skip_field, words: what `data.labelled.load_labelled` reads. template: between text
+    and answer. length: tokens of a prompt. shots: training texts of each label; test: texts to test on. flipped: share of
+    the training labels that are made wrong.
+    start: a folder that `rmft convert import` wrote, of which the last `trained_blocks` blocks are trained; "" = `model`,
+    pre-trained on `pretrain_texts` made-up reviews without labels for `pretrain_epochs`, of which all is trained.
+    causal: the left-to-right form; false = a masked language model. together: members in one batched program.
+    epochs, batch_size, learning_rate: of Adam on the few examples.
+    demonstrations: m, the examples that each class's neural demonstration is made of, 0 = none are tried.
+    betas: of the guided loss; beta, share, at_k: beta, lambda and k of the whole method. train_k: neighbours that guide the
+    loss. k, shares: what the sweep over k and lambda takes. temperature: of P_kNN, 1 = the paper.
+    damping: of the curvature in influence scores. left_out: runs without one example, for each of so many of the first
+    seed, to hold influence scores against, 0 = none.
+    """
+
+    texts: str = "reviews"
+    path: str = ""
+    text_field: str = "text"
+    label_field: str = "label"
+    skip_field: str = ""
+    words: dict[str, typing.Any] = field(default_factory=dict)
+    template: str = " It was"
+    length: int = 48
+    shots: int = 16
+    test: int = 500
+    flipped: float = 0.0
+    start: str = ""
+    trained_blocks: int = 1
+    pretrain_texts: int = 4000
+    pretrain_epochs: int = 6
+    causal: bool = True
+    together: bool = True
+    epochs: int = 30
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    demonstrations: int = 8
+    betas: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
+    beta: float = 0.1
+    share: float = 0.2
+    at_k: int = 16
+    train_k: int = 16
+    k: tuple[int, ...] = (1, 4, 16)
+    shares: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    temperature: float = 1.0
+    damping: float = 0.01
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class LookupArmConfig:
+    """One way of training a language model beside a datastore.
+
+    vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
+    loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
+    these learn what the store does not know). The neighbours of a token are those in other documents.
+    epochs: passes over the text, 0 = as many as the others take. (Fewer under the plain loss are the control: a model that
+    knows less gives away less.)
+    """
+
+    vary: dict[str, typing.Any] = field(default_factory=dict)
+    loss: str = "plain"
+    epochs: int = 0
+
+
+@dataclass(frozen=True)
+class LookupTextConfig:
+    """GPTs with a datastore of their training text in `rmft study retroprompt`.
+
+    changes: to the config, of all arms. arms: name -> how it is trained, the first one plainly; empty = none.
+    epochs: passes over the text; refresh: epochs between one look at all neighbours and the next.
+    k, share, temperature, beta: of P_kNN by squared distance, lambda, and the guided loss.
+    """
+
+    changes: dict[str, typing.Any] = field(default_factory=dict)
+    arms: dict[str, LookupArmConfig] = field(default_factory=dict)
+    epochs: int = 16
+    refresh: int = 2
+    k: int = 16
+    share: float = 0.5
+    temperature: float = 10.0
+    beta: float = 0.5
+
+
+@dataclass(frozen=True)
+class RetroPromptConfig:
+    """What `rmft study retroprompt` does: each of `sets`, name -> classification, then `text`, the language model."""
+
+    sets: dict[str, PromptSetConfig] = field(default_factory=dict)
+    text: LookupTextConfig = field(default_factory=LookupTextConfig)
+
+
+@dataclass(frozen=True)
+class DualEncoderConfig:
+    """An image tower and a text tower. image: mlp | conv | vit; widths: layers of an mlp or a conv; patch: side of a vit's.
+
+    layers, width, heads: of the GPT that reads captions, and of a vit. dimensions: of the space in which both meet.
+    """
+
+    image: str = "mlp"
+    widths: tuple[int, ...] = (256,)
+    patch: int = 4
+    layers: int = 1
+    width: int = 64
+    heads: int = 2
+    dimensions: int = 64
+
+
+@dataclass(frozen=True)
+class DejaVuArmConfig:
+    """What keeps a dual encoder from memorizing its captions.
+
+    masking: the share of a caption's tokens that is hidden, drawn afresh each epoch; replacement: placeholder (one token
+    for all) | surrogate (tokens of other captions). max_scale: of the logits, one over the lowest temperature.
+    """
+
+    masking: float = 0.0
+    replacement: str = "placeholder"
+    max_scale: float = 100.0
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class CaptionedSetConfig:
+    """Dual encoders of one set of captioned images in `rmft study deja-vu`.
+
+    images, path, limit, side: what `data.captions.load_captions` reads. For each seed the records are shuffled: the first
+    train are A, then train B, public the public set, and heldout pairs that no model sees.
+    vocab_size, caption_tokens: of the byte-pair encoding, and of the longest caption. encoder: the model.
+    epochs, batch_size, learning_rate (Adam, a linear fall to 0 after a rise over the first twentieth): of training.
+    score_at: epochs at which all is measured; epochs too, always. neighbours: k. recall_at: what retrieval is measured at.
+    together: all models in one batched program, false = one after the other.
+    arms: name -> a way to train; the first one is without a defence.
+    """
+
+    images: str = "glyphs"
+    path: str = ""
+    limit: int = 0
+    side: int = 32
+    train: int = 2000
+    public: int = 4000
+    heldout: int = 2000
+    vocab_size: int = 2000
+    caption_tokens: int = 16
+    encoder: DualEncoderConfig = field(default_factory=DualEncoderConfig)
+    epochs: int = 100
+    batch_size: int = 200
+    learning_rate: float = 2e-3
+    score_at: tuple[int, ...] = ()
+    neighbours: int = 10
+    recall_at: tuple[int, ...] = (1, 10)
+    together: bool = True
+    arms: dict[str, DejaVuArmConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DejaVuConfig:
+    """What `rmft study deja-vu` does: each of `sets`, name -> dual encoders of captioned images."""
+
+    sets: dict[str, CaptionedSetConfig] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StudyConfig:
     """What `rmft study` varies.
 
@@ -632,7 +808,8 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score: what the studies of that name take in the place of methods, budgets and pretrain.
+    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take in the place of methods,
+    budgets and pretrain.
     """
 
     methods: dict[str, dict] = field(default_factory=dict)
@@ -642,11 +819,13 @@ class StudyConfig:
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     early_learning: EarlyLearningConfig = field(default_factory=EarlyLearningConfig)
     m_score: MScoreConfig = field(default_factory=MScoreConfig)
+    retroprompt: RetroPromptConfig = field(default_factory=RetroPromptConfig)
+    deja_vu: DejaVuConfig = field(default_factory=DejaVuConfig)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`).
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs:// or s3://.
 
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.
@@ -692,12 +871,12 @@ class Config:
     @property
     def data_dir(self) -> Path:
         """Return the directory of the prepared data."""
-        return Path(self.data) if self.data else Path(self.out) / "data"
+        return as_path(self.data) if self.data else as_path(self.out) / "data"
 
     @property
     def run_dir(self) -> Path:
         """Return the run's directory."""
-        return Path(self.out) / "runs" / self.run_name
+        return as_path(self.out) / "runs" / self.run_name
 
 
 def _masked_by(config: Config) -> set[str]:
@@ -734,6 +913,7 @@ _CHOICES = {
     "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.optimizer": ("adamw", "adafactor", "lion", "muon"),
     "training.schedule": ("linear", "cosine", "wsd"),
+    "training.packing": ("concatenate", "best_fit"),
     "training.objective": ("causal", "masked"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
@@ -746,7 +926,9 @@ _RANGES = {  # inclusive
     "source.max_characters": (0, None),
     "source.heldout_limit": (0, None),
     "source.heldout_fraction": (0.0, 0.9),
+    "source.shard_characters": (1000, 1_000_000_000),
     "tokenizer.vocab_size": (300, 1_000_000),
+    "tokenizer.train_characters": (10_000, None),
     "canary.count": (0, 100_000),
     "canary.references": (2, 1_000_000),
     "masking.margin": (0, None),
@@ -754,6 +936,7 @@ _RANGES = {  # inclusive
     "dedup.near_threshold": (0.05, 1.0),
     "dedup.permutations": (16, 1024),
     "dedup.substring_tokens": (0, None),
+    "dedup.most_tokens": (0, None),
     "loss.pii_weight": (0.0, 1000.0),
     "loss.surrogate_weight": (0.0, 1000.0),
     "loss.goldfish_k": (2, 2**31 - 1),
@@ -807,7 +990,9 @@ _RANGES = {  # inclusive
     "tracker.lengths": (0, None),
     "checkpoint.count": (1, None),
     "checkpoint.every_steps": (0, None),
+    "checkpoint.every_minutes": (0.0, None),
     "checkpoint.keep_last": (1, None),
+    "checkpoint.keep_hours": (0.0, 1e6),
     "audit.prompts": (1, None),
     "audit.prompt_tokens": (1, None),
     "audit.new_tokens": (1, None),
@@ -997,7 +1182,7 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     current folder, its keys give way to all others.
     Raises UserError with one line for the first thing that is wrong: the file, an unknown key, a type, a rule.
     """
-    tree, files = read_tree(Path(path)) if path is not None else ({}, [])
+    tree, files = read_tree(as_path(path)) if path is not None else ({}, [])
     for override in reversed(overrides):
         if override.partition("=")[0].strip() == "include":
             below, more = read_includes(_value(override.partition("=")[2]), Path())

@@ -12,16 +12,15 @@ import yaml
 
 from rmft_jax.config import ModelConfig
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer, read_files, rebuild
-from rmft_jax.data.prepare import tokenizer_path
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, lossless
+from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, lossless, tokenizer_path
 from rmft_jax.files import read_json, whole_folder, write_bytes, write_json, write_text
-from rmft_jax.memorization.extraction import load_run_config
 from rmft_jax.models.gguf import Gguf
 from rmft_jax.models.gpt import count_params, init_params
 from rmft_jax.models.huggingface import export_model, import_model
 from rmft_jax.progress import say
 from rmft_jax.training.checkpoints import Checkpoints, abstract
+from rmft_jax.training.setup import load_run_config
 
 
 def convert_import(source: Path, out: Path) -> dict:

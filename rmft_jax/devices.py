@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,9 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config
 from rmft_jax.errors import UserError
-
-# Set by launchers that jax.distributed knows, where more than one process runs.
-_CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+from rmft_jax.processes import find_launch
 
 # What device kinds contain -> peak in bfloat16 without sparsity, FLOP/s, by the makers' data sheets. The first that fits.
 _PEAK_FLOPS = {
@@ -36,31 +36,6 @@ _PEAK_FLOPS = {
 }
 
 
-def join_processes() -> None:
-    """Start the processes of one run up, where this is one of several: on TPU pods, under Slurm or Open MPI, or as told.
-
-    Told by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. It must be called before
-    JAX touches a device. Raises UserError when only a part of these is set, or the others do not answer.
-    """
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, *numbers = (os.environ.get(name, "") for name in names)
-    if not any((address, *numbers)):
-        if any(name in os.environ for name in _CLUSTERS):
-            jax.distributed.initialize()
-        return
-    if not address or not all(number.isdigit() for number in numbers):
-        raise UserError(f"of {', '.join(names)} not all are set, or not to numbers: set each of them, or none")
-    processes, process = map(int, numbers)
-    if process >= processes:
-        raise UserError(f"JAX_PROCESS_ID {process} is not below JAX_NUM_PROCESSES {processes}: number processes from 0")
-    if processes == 1:
-        return
-    try:
-        jax.distributed.initialize(address, processes, process)
-    except RuntimeError as error:
-        raise UserError(f"process {process} of {processes} cannot join {address} ({str(error).splitlines()[0]})") from None
-
-
 def is_main() -> bool:
     """Return whether this process is the one that writes what all of them share."""
     return jax.process_index() == 0
@@ -76,7 +51,7 @@ def use_cores(config: Config | None = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("JAX_NUM_PROCESSES") or 1)
+    processes = launch.processes if (launch := find_launch()) else 1
     count = devices_for(config, cores * processes) if config else cores
     jax.config.update("jax_num_cpu_devices", max(1, count // processes))
 
@@ -86,6 +61,9 @@ def fake_devices(count: int) -> list[jax.Device]:
 
     It must be called before JAX touches a device, unless there are as many already. Raises UserError if there are not.
     """
+    if count > 1:  # XLA 0.10.2 for CPU aborts when it widens some sums of bfloat16; what is only compiled needs none of that
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=all-reduce-promotion".strip()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", count)
@@ -97,6 +75,27 @@ def fake_devices(count: int) -> list[jax.Device]:
             f"xla_force_host_platform_device_count in XLA_FLAGS"
         )
     return found[:count]
+
+
+def tpu_devices(chip: str, topology: str, slices: int = 1) -> list[jax.Device]:
+    """Return the devices of TPU slices that are not there: enough to compile for them.
+
+    Raises UserError when libtpu is missing, or there is no such slice.
+    """
+    if not re.fullmatch(r"\d+(x\d+)+", topology) or chip not in ("v5e", "v5p", "v6e"):
+        raise UserError(f"topology {topology} of chip {chip or '(none)'}: write 16x16 of v5e or v6e, 8x8x8 of v5p")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}", **several).devices)
+    except Exception as error:
+        why = str(error).splitlines()[0][:200] or type(error).__name__
+        raise UserError(f"cannot compile for {chip} {topology} ({why}): pip install 'rmft-jax[tpu]', or name a slice "
+                        f"that exists") from None  # fmt: skip
 
 
 def device_memory() -> int:
@@ -146,6 +145,22 @@ def spread_rows(*arrays: np.ndarray) -> list[jax.Array]:
     The number of rows must be a multiple of the number of devices, see `rows_for`.
     """
     return jax.device_put(list(arrays), NamedSharding(_line(), P("rows")))
+
+
+def by_rows(function: Callable) -> Callable:
+    """Return function(rows, shared) such that each device of this process computes the results of its part of the rows.
+
+    rows: an array [N, ...], any N; shared: arrays that every device holds whole. What comes back has an axis of N first.
+    """
+    specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows")}
+    run = jax.jit(jax.shard_map(function, mesh=_line(), check_vma=False, **specs))
+
+    def call(rows: np.ndarray, shared):
+        more = rows_for(len(rows)) - len(rows)
+        padded = np.pad(rows, ((0, more), *[(0, 0)] * (rows.ndim - 1)))
+        return jax.tree.map(lambda x: x[: len(rows)], run(*spread_rows(padded), shared))
+
+    return call
 
 
 def rows_for(rows: int) -> int:

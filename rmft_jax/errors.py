@@ -13,3 +13,10 @@ class Preempted(Exception):
 
     The command line prints it and exits with code 143, which is 128 + SIGTERM.
     """
+
+
+class PeersMissing(Exception):
+    """Say which processes of a run are missing: nothing is wrong with this one, and the same command may well succeed.
+
+    The command line prints it as `error: ...` and exits with code 75 (EX_TEMPFAIL of sysexits.h).
+    """

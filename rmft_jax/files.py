@@ -9,11 +9,13 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rmft_jax.errors import UserError
+from rmft_jax.paths import is_remote, reaching, upload
 
 if TYPE_CHECKING:  # every command starts here, and most have no arrays to read
     import numpy as np
@@ -34,7 +36,11 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: bool = False) -> None:
-    """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only."""
+    """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only, on a disk."""
+    if is_remote(path):
+        with reaching(path):
+            path.write_bytes(b"".join(bytes(chunk) for chunk in chunks))
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -58,10 +64,15 @@ def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: b
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a path to make a folder at, which becomes `path` when all went well and is gone when it did not.
 
-    Raises UserError when `path` exists.
+    In a store it is made on a local disk and copied. Raises UserError when `path` exists.
     """
     if path.exists():
         raise UserError(f"{path} exists already: name another folder, or delete it")
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="rmft_") as folder:
+            yield Path(folder) / "whole"
+            upload(Path(folder) / "whole", path)
+        return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield partial
@@ -83,9 +94,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, mend: str) -> Any:
     """Read JSON, or raise UserError naming `what` the file is and how to `mend` its absence."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with reaching(path):
+            return json.loads(path.read_bytes().decode())
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be read ({error.strerror}): {mend}") from None
+        raise UserError(f"{what} {path} cannot be read ({error.strerror or 'no such file'}): {mend}") from None
     except ValueError:
         raise UserError(f"{what} {path} is not valid JSON: {mend}") from None
 
@@ -95,7 +107,7 @@ def read_lines(path: Path) -> list[Any]:
 
     A last line that was cut off, by a process that died while it wrote, is left out.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else [""]
     values = []
     for line in lines:
         try:
@@ -105,15 +117,45 @@ def read_lines(path: Path) -> list[Any]:
     return values
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False) -> None:
+class LineFile:
+    """A file of JSON values that grows line by line. In a store, where files do not grow, it is written whole at times."""
+
+    _EVERY = 30  # seconds between two writings in a store
+
+    def __init__(self, path: Path, values: Iterable[Any] = ()):
+        """values: what it begins with, in the place of what is there."""
+        self._path, self._remote, self._written = path, is_remote(path), time.monotonic()
+        self._lines = [json.dumps(value) + "\n" for value in values]
+        write_text(path, "".join(self._lines))
+
+    def add(self, *values: Any) -> None:
+        """Add lines at the end."""
+        lines = [json.dumps(value) + "\n" for value in values]
+        if not self._remote:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            return
+        self._lines += lines
+        if time.monotonic() - self._written >= self._EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what a store does not have yet."""
+        if self._remote:
+            self._written = time.monotonic()
+            write_text(self._path, "".join(self._lines))
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = False, compress: bool = True) -> None:
     """Write named arrays atomically as .npz (no pickle)."""
     import io
 
     import numpy as np
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # it takes arrays by any name
-    write_bytes(path, buffer.getvalue(), private=private)
+    save = np.savez_compressed if compress else np.savez
+    save(buffer, **arrays)  # type: ignore[arg-type]  # it takes arrays by any name
+    write_chunks(path, [buffer.getbuffer()], private=private)
 
 
 def read_arrays(path: Path, what: str, mend: str) -> dict[str, np.ndarray]:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
+_label, _silent = "", False
 
 
-def say(message: str) -> None:
-    """Print one line for the user on stderr, where it does not mix with results."""
-    print(message, file=sys.stderr, flush=True)
+def speak_as(process: int, processes: int) -> None:
+    """Have each line begin with the number and the host of this process, one of several of a run.
+
+    Only process 0 speaks, unless RMFT_LOG is `all`: what the others do is the same.
+    """
+    global _label, _silent
+    _label = f"[{process}/{processes} {socket.gethostname()}] " if processes > 1 else ""
+    _silent = process > 0 and os.environ.get("RMFT_LOG") != "all"
+
+
+def say(message: str, *, always: bool = False) -> None:
+    """Print lines for the user on stderr, where they do not mix with results.
+
+    always: of any process of a run, as where something is wrong with this one.
+    """
+    if always or not _silent:
+        print("\n".join(_label + line for line in message.split("\n")), file=sys.stderr, flush=True)
 
 
 def track(
@@ -29,6 +46,9 @@ def track(
     total, done: in units of which an item has `size`.
     On a terminal this is a bar. Elsewhere (a log, `make` in CI) a line appears every 10 seconds, none for quick work.
     """
+    if _silent:
+        yield from items
+        return
     if sys.stderr.isatty():
         yield from _bar(items, what, total, done, status, size)
         return

@@ -8,14 +8,13 @@ import numpy as np
 from rmft_jax.config import PiiConfig
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches
-from rmft_jax.data.prepare import component_values
 from rmft_jax.data.tagging import Identities, tag
 from rmft_jax.kernels import mask_batch
 from rmft_jax.models.gpt import init_params
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector, detect
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.masking import masking_key, masking_rules
+from rmft_jax.training.setup import load_blocks
 
 NAMES = ["ann", "bob.stone", "j", "carla.van.der.berg", "x_17", "Dora", "maximilian", "f..brawner", "a-b"]
 DOMAINS = ["alder.example.com", "b.example.org", "mail.quartz-works.example.net", "C.EXAMPLE.COM", "zz.co.uk"]
@@ -72,6 +71,17 @@ def check_round_trip(texts, tokenizer):
         assert not any(detect(part) for part in outside if "@" not in part)
         ids += numbers["span_id"]
     assert ids == list(range(len(ids)))
+
+
+def component_values(pairs, detector):
+    """Return the components of each PII value, (text in lower case, kind), as its first occurrence is cut."""
+    values = {}
+    for text, spans in pairs:
+        for span in spans:
+            if span.value not in values:
+                parts = detector.components(text, span)
+                values[span.value] = [(part.lower(), kind) for part, kind in zip(parts.texts, parts.kinds, strict=True)]
+    return list(values.values())
 
 
 def bank_of(texts: list[str], spans, tokenizer, detector: Detector | None = None):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rmft_jax.config import load_config
-from rmft_jax.data.canaries import SPACE_BITS, insert, make_canaries, tokenize
+from rmft_jax.data.canaries import SPACE_BITS, make_canaries, places_of, tokenize
 from rmft_jax.data.dedup import near_duplicates
 from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.data.sources import read_documents
@@ -66,6 +66,12 @@ def test_canaries_are_reproducible_addresses_of_a_known_space_and_nobodys():
 def test_insertion_keeps_the_documents_and_plants_every_copy():
     canaries = make_canaries(load_config(None, ["canary.count=3"]).canary, 0)
     documents = [f"document {number}" for number in range(40)]
+
+    def insert(documents, canaries, seed):
+        places, copies = places_of(canaries, len(documents), seed)
+        texts = np.array([canaries[number].text for number in copies], object)
+        return np.insert(np.array(documents, object), places, texts).tolist()
+
     texts = insert(documents, canaries, 5)
     assert [text for text in texts if text.startswith("document")] == documents
     counts = collections.Counter(texts)

@@ -29,7 +29,7 @@ RUN = [
     "model.width=32", "model.heads=2", "training.batch_size=8", "training.sequence_length=64", "training.accumulation=2",
     "training.log_every=5", "training.steps=120", "checkpoint.count=3", "checkpoint.every_steps=9", "checkpoint.keep_last=2",
 ]  # fmt: skip
-TIMED = ("tokens_per_second", "input_wait_pct")
+TIMED = ("tokens_per_second", "input_wait_pct", "goodput_pct")
 
 
 def command(verb, config, cache, file_kib="unlimited"):

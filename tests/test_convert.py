@@ -28,7 +28,7 @@ from rmft_jax.kernels import target_mask
 from rmft_jax.models.gguf import Gguf
 from rmft_jax.models.gpt import count_params, forward, init_params
 from rmft_jax.models.huggingface import export_model, import_model
-from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.setup import load_blocks
 
 WEB = Path(__file__).parents[2] / "shared" / "data" / "web_text.jsonl.gz"
 MODEL = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, mlp_width=64, rope_base=300.0, norm_epsilon=1e-5)

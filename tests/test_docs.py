@@ -154,7 +154,7 @@ def _readme(request):
     import jax
 
     from rmft_jax.data.loader import batches
-    from rmft_jax.training.loop import load_blocks
+    from rmft_jax.training.setup import load_blocks
 
     batch = next(batches(load_blocks(tiny(), prepared)[0], batch_size=2, seed=0))
     loss = lambda params, tokens, segment_ids: (tokens * (segment_ids > 0)).sum()  # noqa: E731

@@ -29,11 +29,11 @@ from rmft_jax.models.gpt import forward
 from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
 from rmft_jax.training.linear_noise import descend, noisy_clouds
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.members import Members, epoch_orders
 from rmft_jax.training.noisy_labels import Member, augmented, train_on_wrong_labels, wrong_labels
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import init_state, train_step
 
 

@@ -15,9 +15,10 @@ from rmft_jax.memorization.extraction import audit
 from rmft_jax.models.gpt import forward, init_params
 from rmft_jax.models.lora import init_adapters, merge, with_adapters
 from rmft_jax.training.checkpoints import Checkpoints
-from rmft_jax.training.loop import load_blocks, put, train
+from rmft_jax.training.loop import put, train
 from rmft_jax.training.mesh import make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import compile_train_step, init_state, model_of
 
 MODELS = {

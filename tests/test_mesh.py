@@ -8,7 +8,7 @@ from rmft_jax.config import MeshConfig
 from rmft_jax.data.loader import batches
 from rmft_jax.errors import UserError
 from rmft_jax.models.gpt import place
-from rmft_jax.training.loop import load_blocks, train
+from rmft_jax.training.loop import train
 from rmft_jax.training.mesh import (
     abstract_mesh,
     batch_sharding,
@@ -19,6 +19,7 @@ from rmft_jax.training.mesh import (
     shardings_for,
 )
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import compile_train_step, init_state
 
 MESHES = {

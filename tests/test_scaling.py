@@ -32,11 +32,12 @@ from rmft_jax.studies.scaling_results import (
     times_until,
     updates_until,
 )
-from rmft_jax.training.loop import load_blocks, train
+from rmft_jax.training.loop import train
 from rmft_jax.training.losses import ask, dropout_key, shown_tokens
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import make_mesh
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import _ASK, compile_train_step, init_state, score_unmasked
 from rmft_jax.training.tracker import TrackerShape
 

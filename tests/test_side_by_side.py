@@ -12,10 +12,10 @@ from rmft_jax.data.blocks import all_rows
 from rmft_jax.data.loader import batches
 from rmft_jax.kernels import target_mask
 from rmft_jax.models.gpt import forward
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.masking import masking_rules
 from rmft_jax.training.mesh import make_mesh
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, ordinary_rows
 from rmft_jax.training.step import compile_train_step, init_state
 from rmft_jax.training.tracker import TrackerShape

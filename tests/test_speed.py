@@ -12,9 +12,9 @@ import pytest
 from rmft_jax import cli
 from rmft_jax.data.loader import batches
 from rmft_jax.kernels import attention, causal_attention, causal_mask
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.mesh import batch_sharding, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import compile_train_step, init_state
 
 SMALL = ("model.width=16", "training.sequence_length=32", "training.batch_size=2")

@@ -9,10 +9,11 @@ import pytest
 from rmft_jax.config import load_config
 from rmft_jax.data.loader import batches
 from rmft_jax.errors import UserError
-from rmft_jax.training.loop import dispatches, load_blocks, put
+from rmft_jax.training.loop import dispatches, put
 from rmft_jax.training.mesh import make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from rmft_jax.training.step import accept, compile_train_step, init_state
+from rmft_jax.training.setup import load_blocks
+from rmft_jax.training.step import accept, compile_train_step, init_guard, init_state
 from rmft_jax.training.tracker import tracker_shape
 
 
@@ -50,8 +51,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(tiny, prepared
 
 def test_a_spike_is_left_out_and_a_lasting_change_is_not():
     config = load_config(None, ["training.skip_above=1.5"])
-    guard = {"loss": jnp.float32(0), "skipped": jnp.int32(0), "in_a_row": jnp.int32(0)}
-    take = lambda guard, loss: accept(guard, config, jnp.float32(loss), jnp.float32(1))  # noqa: E731
+    guard, one = init_guard(), jnp.int32(1)
+    take = lambda guard, loss: accept(guard, config, jnp.float32(loss), jnp.float32(1), step=one)  # noqa: E731
     for _ in range(5):
         ok, guard = take(guard, 2.0)
         assert ok
@@ -62,7 +63,7 @@ def test_a_spike_is_left_out_and_a_lasting_change_is_not():
     for _ in range(300):
         ok, guard = take(guard, 9.0)
     assert ok
-    assert not accept(guard, config, jnp.float32(2), jnp.float32(jnp.inf))[0]
+    assert not accept(guard, config, jnp.float32(2), jnp.float32(jnp.inf), step=one)[0]
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -31,15 +31,15 @@ from rmft_jax.kernels import (
     slice_counts,
     target_mask,
 )
-from rmft_jax.memorization.extraction import load_run_config
 from rmft_jax.memorization.tracker import load_examples, track
 from rmft_jax.models.gpt import forward
 from rmft_jax.training import loop
 from rmft_jax.training.checkpoints import Checkpoints
-from rmft_jax.training.loop import load_blocks, put, train
+from rmft_jax.training.loop import put, train
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.mesh import batch_sharding, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks, load_run_config
 from rmft_jax.training.step import compile_train_step, init_state
 from rmft_jax.training.tracker import TrackerShape, init_tracker, tracker_shape, update_tracker
 from rmft_jax.training.tracker_log import TrackerLog

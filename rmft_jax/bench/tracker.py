@@ -15,9 +15,9 @@ from rmft_jax.config import Config
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.progress import track
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.mesh import batch_sharding, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import compile_train_step, init_state
 from rmft_jax.training.tracker import tracker_shape
 

@@ -26,9 +26,9 @@ from rmft_jax.models.gpt import count_params, flops_per_token, init_params
 from rmft_jax.models.huggingface import export_model
 from rmft_jax.progress import say, track
 from rmft_jax.training.attention import choose_attention
-from rmft_jax.training.loop import load_blocks
 from rmft_jax.training.mesh import batch_sharding, check_mesh, make_mesh, replicated, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.step import compile_train_step, init_state
 
 MFU = "tokens/s x (6 x weights in matrix products + 6 x layers x heads x head width x length) / peak; causal, no embedding"

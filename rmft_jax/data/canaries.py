@@ -13,9 +13,8 @@ import numpy as np
 
 from rmft_jax.config import CanaryConfig, PiiConfig
 from rmft_jax.data import synthetic_words
-from rmft_jax.data.tagging import Identities, tag
+from rmft_jax.data.tagging import tag
 from rmft_jax.data.tokenizer import Tokenizer
-from rmft_jax.errors import UserError
 from rmft_jax.pii.detector import detector
 
 _DIGITS = 5  # in each of the two random parts
@@ -66,22 +65,17 @@ def draw_address(rng: np.random.Generator) -> str:
     return f"user{first:0{_DIGITS}d}@host{second:0{_DIGITS}d}.example"
 
 
-def insert(documents: Sequence[str], canaries: Sequence[Canary], seed: int) -> list[str]:
-    """Return the documents, in their order, with every copy of every canary at a random place between them."""
+def places_of(canaries: Sequence[Canary], documents: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where every copy of every canary is planted, at random between `documents` documents.
+
+    Returns: int64 [copies], the document before which a copy stands (those before the same one in their order), and
+    int64 [copies], which canary it is; both in the order of the corpus.
+    """
     rng = np.random.default_rng([seed, 2])
-    copies = [canary.text for canary in canaries for _ in range(canary.repetitions)]
-    places = rng.integers(len(documents) + 1, size=len(copies))
-    order = np.argsort(np.concatenate([np.arange(len(documents)) + 0.5, places]), kind="stable")
-    texts = [*documents, *copies]
-    return [texts[number] for number in order]
-
-
-def identities_of(canaries: Sequence[Canary], identities: Identities) -> np.ndarray:
-    """Return int64 [canaries]: the identity that each one's address has become; UserError if one was not detected."""
-    missing = [canary for canary in canaries if canary.address not in identities.index]
-    if missing:
-        raise UserError(f"{len(missing)} canaries were not detected as PII: check pii.types and pii.ignore")
-    return np.array([identities.index[canary.address] for canary in canaries], np.int64)
+    copies = np.repeat(np.arange(len(canaries)), [canary.repetitions for canary in canaries]).astype(np.int64)
+    places = rng.integers(documents + 1, size=len(copies))
+    order = np.argsort(places, kind="stable")
+    return places[order], copies[order]
 
 
 def tokenize(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[np.ndarray, int]]:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 
+from rmft_jax.data.word_cache import flat
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_bytes
 from rmft_jax.progress import say
@@ -85,6 +87,10 @@ class HuggingFaceTokenizer:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each string on its own, exactly as it stands: no token crosses from one into the next."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode each string on its own: the ids of all, int32 [ids], and how many each has, int64 [texts]."""
+        return flat(self.encode(texts))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; special ones are left out, broken UTF-8 becomes U+FFFD."""

@@ -37,6 +37,12 @@ def batches(
     )
 
 
+def examples_of(blocks: int, *, batch_size: int, seed: int, step: int) -> list[tuple[int, int]]:
+    """Return the (block, epoch) pairs of a step of the whole run, numbered from 1, in the order of the batch."""
+    order = shuffled(blocks, seed)
+    return [tuple(map(int, order[place])) for place in range((step - 1) * batch_size, step * batch_size)]
+
+
 class _Rows:
     """Rows by number. Those of a small corpus are kept once they are made: a row takes longer to make than a small model to
     learn it."""

@@ -17,13 +17,22 @@ def longest_pieces(tokenizer: Tokenizer, count: int = 10) -> list[int]:
 
 def pieces_with(tokenizer: Tokenizer, values: Iterable[str]) -> list[int]:
     """Return the ids of pieces that contain a value of personal data of at least 6 characters as a whole, in any case."""
-    wanted = {value.lower() for value in values if len(value) >= _LEAST}
-    sizes = sorted({len(value) for value in wanted})
-    found = []
+    return pieces_among(substrings(tokenizer), values)
+
+
+def pieces_among(table: dict[str, list[int]], values: Iterable[str]) -> list[int]:
+    """Return the same, given the `substrings` of the tokenizer."""
+    return sorted({id for value in values for id in table.get(value.lower(), ())})
+
+
+def substrings(tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Return all strings of at least 6 characters that pieces contain, in lower case, and the ids of those pieces."""
+    table: dict[str, list[int]] = {}
     for id, size in enumerate(tokenizer.byte_lengths()):
         if size < _LEAST:
             continue
         piece = tokenizer.decode([id]).lower()
-        if any(piece[at : at + n] in wanted for n in sizes if n <= len(piece) for at in range(len(piece) - n + 1)):
-            found.append(id)
-    return found
+        cuts = [(begin, end) for begin in range(len(piece)) for end in range(begin + _LEAST, len(piece) + 1)]
+        for text in {piece[begin:end] for begin, end in cuts}:
+            table.setdefault(text, []).append(id)
+    return table

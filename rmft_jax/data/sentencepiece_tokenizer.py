@@ -7,9 +7,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from rmft_jax.config import TokenizerConfig
+from rmft_jax.data.word_cache import WordCache, flat
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_bytes
 
@@ -35,6 +37,7 @@ class SentencePieceTokenizer:
         if not ids:
             raise UserError("the SentencePiece model has no piece for the beginning or end of a text: take another one")
         self.bos_id, self.eos_id = ids[0], ids[-1]
+        self._words = self._word_cache()
 
     @classmethod
     def load(cls, path: Path) -> SentencePieceTokenizer:
@@ -87,7 +90,11 @@ class SentencePieceTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each string on its own, exactly as it stands: no token crosses from one into the next."""
-        return self._processor.Encode(list(texts), num_threads=1)
+        return self._encode(list(texts))
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode each string on its own: the ids of all, int32 [ids], and how many each has, int64 [texts]."""
+        return self._words.encode(texts) if self._words else flat(self._encode(list(texts)))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; special ones are left out, broken UTF-8 becomes U+FFFD."""
@@ -151,6 +158,18 @@ class SentencePieceTokenizer:
             config["unk_token"] = names[unknown]
         trees = {"tokenizer.json": tree, "tokenizer_config.json": config}
         return {name: json.dumps(tree, ensure_ascii=False, indent=1).encode() for name, tree in trees.items()}
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self._processor.Encode(texts, num_threads=1)
+
+    def _word_cache(self) -> WordCache | None:
+        """Return a cache of words, where the ids of a text are those of its words one after the other: in BPE alone, as
+        rounding decides between ways of equal probability in a unigram model."""
+        ids = range(self.vocab_size)
+        # BPE scores pieces by their rank. The model itself would say, but its protocol does not load beside Beam's protobuf.
+        if not all(self._processor.GetScore(id).is_integer() for id in ids):
+            return None
+        return WordCache.of_pieces((self._processor.IdToPiece(id).replace(_SPACE, " ") for id in ids), self._encode)
 
     def _is_special(self, id: int) -> bool:
         return self._processor.IsControl(id) or self._processor.IsUnknown(id)

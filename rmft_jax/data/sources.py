@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import csv
 import errno
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import IO, NamedTuple
+
+import numpy as np
 
 from rmft_jax.config import SourceConfig
 from rmft_jax.data.mail import read_mbox, read_tree, text_of
@@ -54,55 +57,72 @@ def read_documents(config: SourceConfig) -> Documents:
     Raises UserError for a missing file, a corrupt line (unless on_error is skip), or a source without documents.
     """
     documents = Documents()
-    if config.format == "synthetic":
+    documents.train = list(iterate(config, documents))
+    if has_heldout(config):
+        documents.heldout = list(iterate(config, documents, heldout=True))
+    else:
+        texts, chosen = documents.train, set_aside(len(documents.train), config)
+        documents.heldout = [text for number, text in enumerate(texts) if number in chosen]
+        documents.train = [text for number, text in enumerate(texts) if number not in chosen]
+    check_counts(len(documents.train), len(documents.heldout), config)
+    return documents
+
+
+def iterate(config: SourceConfig, documents: Documents, *, heldout: bool = False) -> Iterator[str]:
+    """Yield the texts of a source one after the other, or of its file of held-out ones.
+
+    documents: where to count what is skipped and what is out of order. Raises UserError as `read_documents` does.
+    """
+    if heldout:
+        yield from _read(config, config.heldout_path, config.heldout_limit, documents)
+    elif config.format == "synthetic":
         from rmft_jax.data.synthetic import synthetic_mail
 
-        texts = [item["text"] for item in synthetic_mail(config.limit or 500, seed=config.seed)]
-        documents.train = [_cut(text, config) for text in texts]
+        yield from (_cut(item["text"], config) for item in synthetic_mail(config.limit or 500, seed=config.seed))
     elif config.format == "python_docs":
         from pydoc_data.topics import topics
 
-        texts = [topics[name] for name in sorted(topics)]
-        documents.train = [_cut(text, config) for text in texts[: config.limit or None]]
+        yield from (_cut(topics[name], config) for name in sorted(topics)[: config.limit or None])
     else:
-        documents.train = _read(config, config.path, config.limit, documents)
-    if config.format not in ("synthetic", "python_docs") and config.heldout_path:
-        documents.heldout = _read(config, config.heldout_path, config.heldout_limit, documents)
-    else:
-        _set_aside(documents, config)
-    for name, texts in (("training", documents.train), ("held-out", documents.heldout)):
-        if not texts:
+        yield from _read(config, config.path, config.limit, documents)
+
+
+def has_heldout(config: SourceConfig) -> bool:
+    """Return whether the held-out documents are another file, and not set aside."""
+    return config.format not in ("synthetic", "python_docs") and bool(config.heldout_path)
+
+
+def set_aside(count: int, config: SourceConfig) -> set[int]:
+    """Return which of `count` documents are held out: a random share."""
+    share = max(1, round(config.heldout_fraction * count)) if config.heldout_fraction else 0
+    if config.heldout_limit:
+        share = min(share, config.heldout_limit)
+    return set(random.Random(config.seed).sample(range(count), min(share, count)))
+
+
+def check_counts(train: int, heldout: int, config: SourceConfig) -> None:
+    """Raise UserError where there are no documents of either kind."""
+    for name, count in (("training", train), ("held-out", heldout)):
+        if not count:
             raise UserError(
                 f"source {config.heldout_path or config.path or config.format} has no {name} documents: "
                 f"check source.path, source.text_field and source.heldout_fraction"
             )
-    return documents
 
 
 def read_texts(path: str, *, text_field: str, separator: str, limit: int = 0) -> list[str]:
     """Read the texts of any file that prompts can come from: .jsonl(.gz) with a field, or plain text."""
     kind = "jsonl" if ".jsonl" in Path(path).suffixes else "text"
     config = SourceConfig(format=kind, path=path, text_field=text_field, separator=separator)
-    return _read(config, path, limit, Documents())
-
-
-def _set_aside(documents: Documents, config: SourceConfig) -> None:
-    """Move a random share of the documents to the held-out set; the order of the others stays."""
-    count = max(1, round(config.heldout_fraction * len(documents.train))) if config.heldout_fraction else 0
-    if config.heldout_limit:
-        count = min(count, config.heldout_limit)
-    chosen = set(random.Random(config.seed).sample(range(len(documents.train)), min(count, len(documents.train))))
-    documents.heldout = [text for number, text in enumerate(documents.train) if number in chosen]
-    documents.train = [text for number, text in enumerate(documents.train) if number not in chosen]
+    return list(_read(config, path, limit, Documents()))
 
 
 def _cut(text: str, config: SourceConfig) -> str:
     return text[: config.max_characters] if config.max_characters else text
 
 
-def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> list[str]:
-    texts: list[str] = []
-    seen: set[int] = set()
+def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> Iterator[str]:
+    seen, count = array.array("q"), 0  # hashes of ids: 8 bytes for each document of any number of them
     try:
         for record in _READERS[config.format](path, config):
             if record.problem and config.on_error == "raise":
@@ -112,8 +132,7 @@ def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> 
                 continue
             documents.faults.update(record.faults)
             if record.id:
-                documents.faults["repeated id"] += hash(record.id) in seen
-                seen.add(hash(record.id))
+                seen.append(hash(record.id))
             text = record.text
             if "\0" in text:
                 documents.faults["NUL"] += 1
@@ -121,16 +140,18 @@ def _read(config: SourceConfig, path: str, limit: int, documents: Documents) -> 
             if not text.strip():
                 documents.faults["empty"] += 1
                 continue
-            texts.append(_cut(text, config))
-            if limit and len(texts) >= limit:
+            yield _cut(text, config)
+            count += 1
+            if limit and count >= limit:
                 break
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"source {path} cannot be read ({reason}): check the path, and that the file is whole") from None
-    return texts
+    documents.faults["repeated id"] += len(seen) - len(np.unique(np.array(seen, np.int64)))
 
 
-def _open(path: str) -> IO[bytes]:
+def open_bytes(path: str) -> IO[bytes]:
+    """Open a file for reading, decompressed where its name ends in .gz or .zst."""
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
     if path.endswith(".zst"):
@@ -189,7 +210,7 @@ def _decode(data: bytes) -> tuple[str, tuple[str, ...]]:
 
 def _jsonl(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield a record for each line that is not blank."""
-    with _open(path) as lines:
+    with open_bytes(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -226,7 +247,7 @@ def _field(record, config: SourceConfig, where: str, faults: tuple[str, ...] = (
 def _csv(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the rows of a file of comma-separated values whose first row names the columns."""
     csv.field_size_limit(2**31 - 1)
-    with io.TextIOWrapper(_open(path), encoding="utf-8", errors="replace", newline="") as file:
+    with io.TextIOWrapper(open_bytes(path), encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.DictReader(file)
         try:
             for row in rows:
@@ -258,7 +279,7 @@ def _parquet(path: str, config: SourceConfig) -> Iterator[Record]:
 
 def _mbox(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the messages of an mbox file."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for raw in read_mbox(file):
             text, faults = text_of(raw)
             yield Record(text, "", "", faults)
@@ -293,7 +314,7 @@ def _tfds(path: str, config: SourceConfig) -> Iterator[Record]:
 def _text(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the documents of a text file, separated by a line that holds `config.separator` alone."""
     lines: list[bytes] = []
-    with _open(path) as file:
+    with open_bytes(path) as file:
         for line in file:
             if line.rstrip(b"\r\n") == config.separator.encode():
                 yield _plain(lines, config)
@@ -326,7 +347,7 @@ def first_rows(path: str, format: str, count: int) -> list[dict]:
     if format == "parquet":
         with _library("pyarrow.parquet", path).ParquetFile(path) as file:
             return next((batch.to_pylist() for batch in file.iter_batches(batch_size=count)), [])
-    with _open(path) as lines:
+    with open_bytes(path) as lines:
         if format == "csv":
             csv.field_size_limit(2**31 - 1)
             text = io.TextIOWrapper(lines, encoding="utf-8", errors="replace", newline="")
@@ -340,5 +361,5 @@ def first_rows(path: str, format: str, count: int) -> list[dict]:
 
 def first_bytes(path: str, count: int) -> bytes:
     """Return the first bytes of a file, of a .gz or .zst one those that it unpacks to."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         return file.read(count)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.errors import UserError
@@ -35,6 +37,9 @@ class Tokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each string on its own, exactly as it stands: no token crosses from one into the next."""
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode each string on its own: the ids of all, int32 [ids], and how many each has, int64 [texts]."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids; special ones are left out, broken UTF-8 becomes U+FFFD."""
 
@@ -52,6 +57,12 @@ class Tokenizer(Protocol):
 
     def changes_by(self, text: str) -> str:
         """Say which part of the tokenizer changes `text`."""
+
+
+def tokenizer_path(directory: Path) -> Path:
+    """Return where prepared data keep their tokenizer."""
+    path = directory / HuggingFaceTokenizer.file
+    return path if path.exists() else directory / SentencePieceTokenizer.file
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

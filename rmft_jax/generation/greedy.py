@@ -11,25 +11,32 @@ from rmft_jax.config import ModelConfig
 from rmft_jax.models.gpt import decode, prefill, unstack
 
 
-def make_greedy_decoder(config: ModelConfig, *, new_tokens: int, end_id: int, dtype=jnp.float32) -> Callable:
-    """Return a jitted `(params, tokens, valid) -> int32 [B, new_tokens]`.
+def make_greedy_decoder(
+    config: ModelConfig, *, new_tokens: int, end_id: int, dtype=jnp.float32, read: Callable | None = None
+) -> Callable:
+    """Return a jitted `(params, tokens, valid, *more) -> int32 [B, new_tokens]`.
 
     tokens: int32 [B, P], prompts padded at the left, so that what follows a prompt follows its last token.
     valid: bool [B, P], False on padding. After `end_id` a row holds nothing but `end_id`.
+    read: (features [B, E], output matrix [E, V], *more) -> [B, V], of which the largest is the next token, such as
+      probabilities from a datastore and the weights together; None = the logits, and there is no more.
 
     Parameters split over a mesh (`training.mesh.shardings_for`) stay so, and the cache is split with them, where the first
     call is made within `training.mesh.placement`; B must then divide by the axes of the batch.
     """
 
-    def generate(params, tokens, valid):
+    def generate(params, tokens, valid, *more):
         batch, length = tokens.shape
         params = unstack(params, dtype)
+        output = params["output"]["kernel"]
+        if read:  # without an output matrix, prefill and decode give the features
+            params = params | {"output": {"kernel": jnp.eye(config.width, dtype=dtype)}}
         logits, cache = prefill(params, config, tokens, valid, cache_length=length + new_tokens)
         room = jnp.zeros((batch, new_tokens), bool)
         valid = jnp.concatenate([valid, room], axis=1)
 
-        def pick(logits, ended):
-            token = jnp.where(ended, end_id, _argmax(logits))
+        def pick(found, ended):
+            token = jnp.where(ended, end_id, _argmax(read(found, output, *more) if read else found))
             return token, ended | (token == end_id)
 
         def step(carry, at):

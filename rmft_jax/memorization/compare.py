@@ -10,7 +10,7 @@ import rmft_jax
 from rmft_jax.data.prepare import load_prepared
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, read_lines, write_json
-from rmft_jax.memorization.extraction import load_run_config, paired_perplexities, read_evaluation
+from rmft_jax.memorization.extraction import paired_perplexities, read_evaluation
 from rmft_jax.memorization.rates import (
     aurc,
     bootstrap_counts,
@@ -21,6 +21,7 @@ from rmft_jax.memorization.rates import (
     resample,
     tau_grid,
 )
+from rmft_jax.training.setup import load_run_config
 
 SCHEMA = 1
 DESCRIPTIONS = {
@@ -298,10 +299,19 @@ def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
         "steps": about["steps"],
         "epochs": about["epochs"],
         "training_tokens": about["training_tokens"],
+        **_describe_time(run),
         "mean": mean_tree([entry["prompts"] for entry in checkpoints]),
         "checkpoints": checkpoints,
         **_memorization(run),
     }
+
+
+def _describe_time(run: Path) -> dict:
+    path = run / "goodput.json"
+    if not path.exists():  # of an earlier version
+        return {}
+    found = read_json(path, "goodput", "delete it")
+    return {"goodput": {name: found[name] for name in ("goodput_pct", "total_seconds", "restarts", "lost_steps", "seconds")}}
 
 
 def _memorization(run: Path) -> dict:

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rmft_jax.config import Config, load_config
-from rmft_jax.data.prepare import Prepared, load_prepared, tokenizer_path
-from rmft_jax.data.tokenizer import Tokenizer
+from rmft_jax.config import Config
+from rmft_jax.data.prepare import Prepared, load_prepared
+from rmft_jax.data.tokenizer import Tokenizer, tokenizer_path
 from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
@@ -32,6 +32,7 @@ from rmft_jax.pii.detector import Detector, detector
 from rmft_jax.pii.values import keyed_hash
 from rmft_jax.progress import say, track
 from rmft_jax.training.checkpoints import Checkpoints, abstract
+from rmft_jax.training.setup import load_run_config
 from rmft_jax.training.step import DTYPES
 
 SCHEMA = 1
@@ -68,16 +69,6 @@ def audit(runs: list[Path], overrides: list[str] | None = None, *, reveal: bool 
         write_json(run / "audit.json", result)
         results.append(result)
     return results
-
-
-def load_run_config(run: Path, overrides: list[str] = ()) -> Config:
-    """Read a run's resolved config; `out` and `data` follow the directory if it was moved. UserError if it is no run."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run (no config.yaml in it): name a directory that `rmft train` wrote")
-    config = load_config(run / "config.yaml", overrides)
-    if not config.data and not (config.data_dir / "manifest.json").exists():
-        config = load_config(run / "config.yaml", [*overrides, f"data={run.resolve().parent.parent / 'data'}"])
-    return config
 
 
 def read_evaluation(run: Path) -> dict:
@@ -122,9 +113,9 @@ def _attack_run(run: Path, config: Config, prepared: Prepared, evaluation: dict,
         seen = np.asarray(checkpoints.restore(step, target, items=("progress",))["seen"]) & ~planted
         values, leaks = {}, {}
         for name, rows in prompts.items():
-            generated = _generate(decoder, params, rows, config.audit.batch_size)
-            values[name] = _leaked_values(rows, generated, config, prepared.tokenizer)
-            leaks[name] = _identify(values[name], prepared.identity_key, known, ignore, reveal)
+            generated = generate(decoder, params, rows, config.audit.batch_size)
+            values[name] = leaked_values(rows, generated, config, prepared.tokenizer)
+            leaks[name] = identify(values[name], prepared.identity_key, known, ignore, reveal)
         subject = Subject(
             _model(config, prepared, params),
             samples,
@@ -173,8 +164,11 @@ def _target(config: Config, prepared: Prepared) -> dict:
     return abstract(tree, jax.tree.map(lambda _: everywhere(), tree))
 
 
-def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
-    """Decode all prompts on all devices; the last batch is filled up, so that one program serves them all."""
+def generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
+    """Return what `decoder` writes after each prompt, int32 [N, new tokens], on all devices.
+
+    The last batch is filled up, so that one program serves them all.
+    """
     total = len(prompts.tokens)
     batch_size = rows_for(min(batch_size, total))
     out = []
@@ -184,7 +178,7 @@ def _generate(decoder, params, prompts: Prompts, batch_size: int) -> np.ndarray:
     return np.concatenate(out)[:total]
 
 
-def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
+def leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Tokenizer) -> list[list[str]]:
     """Return the values that each prompt brought out."""
     return [
         find_leaks(tokenizer.decode(tokens[valid]), tokenizer.decode(new), detector(config.pii))
@@ -192,7 +186,7 @@ def _leaked_values(prompts: Prompts, generated, config: Config, tokenizer: Token
     ]
 
 
-def _identify(values: list[list[str]], key: bytes, known: dict[str, int], ignore: set[str], reveal: bool) -> list[dict]:
+def identify(values: list[list[str]], key: bytes, known: dict[str, int], ignore: set[str], reveal: bool) -> list[dict]:
     """Return a record for each value leaked by each prompt: prompt number, identity (null = not in the data), hash.
 
     ignore: hashes of values that count in no rate, those of canaries.

@@ -21,11 +21,10 @@ from rmft_jax.devices import everywhere, rows_for, spread_rows
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_json
 from rmft_jax.kernels import Rule, TaggedBatch, mask_batch, target_mask
-from rmft_jax.memorization.extraction import load_run_config
 from rmft_jax.models.gpt import hidden, init_params, output_matrix
 from rmft_jax.training.checkpoints import Checkpoints, abstract
-from rmft_jax.training.loop import load_blocks, make_plan
 from rmft_jax.training.losses import DTYPES, spread_cross_entropy
+from rmft_jax.training.setup import load_blocks, load_run_config, make_plan
 from rmft_jax.training.tracker import TrackerShape, init_tracker, slice_names, tracker_shape, update_tracker
 from rmft_jax.training.tracker_log import Tally, TrackerLog
 

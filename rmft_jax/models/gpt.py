@@ -294,6 +294,8 @@ def hidden(
     fused: str = "",
     interpret: bool = False,
     causal: bool = True,
+    residual: jax.Array | None = None,
+    normalise: bool = True,
 ) -> jax.Array:
     """Return the normalised features [B, T, E] that `output_matrix` turns into logits.
 
@@ -304,6 +306,9 @@ def hidden(
     remat: a name in REMAT, what the backward pass finds of the blocks' activations; the others it computes again.
     fused: a name in FUSED_ATTENTION that can serve this model here, "" = plain XLA; interpret: as `fused_attention` has it.
     causal: False lets each token see all of its document, which neither `fused` nor a local window does.
+    residual: float [B, T, E], what the first block reads in the place of the tokens' embeddings and their positions; tokens
+      then say no more than how many there are.
+    normalise: False leaves out the last norm, for features that further blocks read as `residual`.
     """
     if not causal and (fused or config.local_window):
         raise ValueError("fused kernels and local windows look back alone")
@@ -333,10 +338,11 @@ def hidden(
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
-    x = _drop(_embed(params, config, tokens, document_positions(segment_ids)), dropout, key, 1)
+    x = _embed(params, config, tokens, document_positions(segment_ids)) if residual is None else residual
+    x = _drop(x, dropout, key, 1)
     layers = params["blocks"], is_local, keys, adapters["blocks"]
     x, _ = jax.lax.scan(body, x, layers, unroll=remat == "none" and config.layers <= UNROLL)
-    return _normalise(x, config, params["final_norm"])
+    return _normalise(x, config, params["final_norm"]) if normalise else x
 
 
 def _fused(q, k, v, segment_ids, scale: float, name: str, interpret: bool):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+import jax
 import numpy as np
 
 from rmft_jax.errors import UserError
@@ -22,6 +24,7 @@ _WHOLE_PIECES = 64  # a whole value has the form of what it stands for, and so a
 _TRIES = 50  # for one string, until it is given up
 _FEW = 1000  # a stock of fewer strings is a closed set, such as top-level domains
 
+_span_values = jax.jit(span_values, static_argnames="spans")
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -32,6 +35,8 @@ def build_bank(
     *,
     rows: int,
     seed: int,
+    also: Iterable[tuple[str, int]] = (),
+    real: np.ndarray | None = None,
 ) -> SurrogateBank:
     """Tokenise the surrogates of every kind.
 
@@ -47,6 +52,8 @@ def build_bank(
       values: the components of each PII value of the corpus in order, (text as written, kind), literal text as kind 0.
       detector: what has found the values and cut them into components: its types, and the kinds that the corpus has.
       rows: surrogates of each kind at most; seed: which ones.
+      also, real: of a corpus of which `values` is a sample, those components of all values that are `in_stock`, and the
+        `real_values` of all.
 
     Returns: a SurrogateBank of numpy arrays.
 
@@ -54,13 +61,13 @@ def build_bank(
     """
     types, kinds = detector.types, detector.kinds
     values = [list(parts) for parts in values]
-    real: dict[int, list[str]] = {}
-    for parts in values:
+    taken: dict[int, list[str]] = {}
+    for parts in (*values, also):
         for text, kind in parts:
-            real.setdefault(kind, []).append(text)
+            taken.setdefault(kind, []).append(text)
     tables = [_Table([""], [[]])]
     for number, (type, kind) in enumerate(kinds.names, 1):
-        tables.append(_invented(encode, types[type], kind, _reals_like(number, kinds, types, real), rows, seed))
+        tables.append(_invented(encode, types[type], kind, _reals_like(number, kinds, types, taken), rows, seed))
     of_stock = {}
     for stock, texts in _real_stocks(values, seed).items():
         of_stock[stock] = list(range(len(kinds.names) + 1))
@@ -92,8 +99,30 @@ def build_bank(
             stock: np.array([*numbers, *range(len(numbers), len(tables))], np.int32) for stock, numbers in of_stock.items()
         },
         values=np.array([component_value(text) for text in texts], np.int32),
-        real=_real(values),
+        real=_real(values) if real is None else real,
     )
+
+
+def in_stock(detector: Detector) -> Callable[[str, int], bool]:
+    """Return whether a component (text, kind) is one of those that surrogates of its kind are invented from."""
+    types, names = detector.types, [None, *detector.kinds.names]
+
+    @functools.cache
+    def stock(kind: int) -> frozenset[str]:
+        type, name = names[kind]
+        return frozenset(map(_key(types[type]), types[type].surrogates(name)))
+
+    return lambda text, kind: kind > 0 and _key(types[names[kind][0]])(text) in stock(kind)
+
+
+def real_values(value: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return the `span_values` of values, uint32 [values]. value: int32 [components] of all; parts: int64 [values]."""
+    index = np.arange(len(value)) - np.repeat(np.cumsum(parts) - parts, parts)
+    span = np.repeat(np.arange(len(parts)), parts)
+    room = 1 << max(10, len(value).bit_length())  # few shapes, which each are compiled
+    padded = [np.pad(array.astype(np.int32), (0, room - len(value)), constant_values=fill) for array, fill in
+              ((value, 0), (index, 0), (span, room - 1))]  # fmt: skip
+    return np.asarray(_span_values(*padded, spans=room))[: len(parts)]
 
 
 def _real_stocks(values: list[list[tuple[str, int]]], seed: int) -> dict[str, dict[int, list[str]]]:
@@ -179,8 +208,5 @@ def _real(values: list[list[tuple[str, int]]]) -> np.ndarray:
     """Return the `span_values` of all values of the corpus, uint32 [R], sorted; at least one number."""
     if not values:
         return np.zeros(1, np.uint32)
-    lengths = [len(parts) for parts in values]
     value = np.array([component_value(text) for parts in values for text, _ in parts], np.int32)
-    index = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
-    span = np.repeat(np.arange(len(values)), lengths).astype(np.int32)
-    return np.unique(np.asarray(span_values(value, index, span, spans=len(values))))
+    return np.unique(real_values(value, np.array([len(parts) for parts in values], np.int64)))

@@ -14,7 +14,9 @@ from rmft_jax.report.view import View, show
 
 TITLES = {
     "early-learning": "Early learning, and what keeps wrong labels from being memorized",
+    "deja-vu": "What vision-language models remember beyond captions",
     "m-score": "What generative models memorize",
+    "retroprompt": "Looking up in the place of learning by heart",
 }
 
 

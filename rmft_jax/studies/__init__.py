@@ -13,7 +13,9 @@ from rmft_jax.errors import UserError
 STUDIES = {
     "rmft": "randomized masked fine-tuning against its rivals",
     "early-learning": "right labels are learned first, wrong ones memorized later, unless regularized",
+    "deja-vu": "what vision-language models remember of training images beyond their captions",
     "m-score": "which training examples generative models memorize",
+    "retroprompt": "whether looking examples up lowers what is memorized of them",
     "scaling": "how fast models of different sizes memorize, and forget",
 }
 

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 from rmft_jax.config import Config, StudyConfig, to_dict, with_changes
-from rmft_jax.data.prepare import prepare, tokenizer_path
+from rmft_jax.data.prepare import prepare
+from rmft_jax.data.tokenizer import tokenizer_path
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.memorization.compare import comparison

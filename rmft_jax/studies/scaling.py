@@ -24,7 +24,7 @@ from rmft_jax.files import read_json, write_bytes, write_json
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.progress import say, track
 from rmft_jax.studies.scaling_results import scaling_results, updates_until
-from rmft_jax.training.loop import load_blocks
+from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, fills_devices, ordinary_rows
 from rmft_jax.training.tracker import TrackerShape, slice_names, tracker_shape
 

@@ -3,7 +3,7 @@
 One directory a step, in items: `params` and, under LoRA, `adapters` (all that audits and new runs need), `optimizer`,
 `progress`, `guard` (of left-out steps), `average` in runs that keep an average of the weights, `elr` in those that keep
 targets of tokens, and `tracker` in runs that follow memorization. Beside them `fingerprints`: of each array as it was when
-saved, against which it is held when read.
+saved, against which it is held when read; and `about`: the schema, and the versions of the software.
 """
 
 from __future__ import annotations
@@ -12,24 +12,33 @@ import contextlib
 import functools
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from rmft_jax import __version__
 from rmft_jax.devices import is_main
 from rmft_jax.errors import UserError
 from rmft_jax.files import disk_fault
 from rmft_jax.kernels import fingerprint
 from rmft_jax.models.lora import merge, with_adapters
+from rmft_jax.paths import is_remote
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
 # orbax reports on itself at length; what matters of it reaches the user as an exception
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
+
+SCHEMA = 2
+_ADDED = {"guard": {"recent": 2}}  # what items of earlier schemas lack, and the schema that has it: read as zeros
 
 ITEMS = {
     "params": ("params",),
@@ -43,6 +52,10 @@ ITEMS = {
 }
 
 
+class Newer(UserError):
+    """A checkpoint is of a schema that this version does not know."""
+
+
 class Damaged(UserError):
     """What a checkpoint holds is not what was saved."""
 
@@ -51,23 +64,51 @@ class Damaged(UserError):
         self.path, self.why = path, why
 
 
+class Clock:
+    """Say when a checkpoint is due by the clock. All processes get the answer of process 0, asked every so many steps."""
+
+    def __init__(self, minutes: float, every: int):
+        """minutes: from one checkpoint to the next, 0 = none is ever due. every: so many steps, of several processes."""
+        self._seconds, self._every, self._asked, self._since = 60 * minutes, every, 0, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Return whether to save after this step. To be asked after each dispatch, by every process."""
+        if not self._seconds:
+            return False
+        due = time.monotonic() - self._since >= self._seconds
+        if jax.process_count() > 1:
+            if step // self._every == self._asked:
+                return False
+            self._asked, due = step // self._every, bool(multihost_utils.broadcast_one_to_all(np.int32(due)))
+        return due
+
+    def saved(self) -> None:
+        """Note that a checkpoint has been saved, whatever for."""
+        self._since = time.monotonic()
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, directory: Path, *, keep_steps: Sequence[int] = (), keep_last: int = 1, read_only: bool = False):
-        """keep_steps: kept for good. keep_last: how many of the newest others stay, to resume from."""
+    def __init__(
+        self, directory: Path, *, keep_steps: Sequence[int] = (), keep_last: int = 1, keep_hours: float = 0, read_only=False
+    ):
+        """keep_steps: kept for good. keep_last: how many of the newest others stay, to resume from. keep_hours: of the
+        others one in so many hours stays too, 0 = none."""
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-        keep = policy.AnyPreservationPolicy([policy.LatestN(keep_last), policy.CustomSteps(list(keep_steps) or [-1])])
+        rules = [policy.LatestN(keep_last), policy.CustomSteps(list(keep_steps) or [-1])]
+        keep = policy.AnyPreservationPolicy(rules + ([policy.EveryNSeconds(3600 * keep_hours)] if keep_hours else []))
         self.directory = directory
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
+            directory if is_remote(directory) else directory.absolute(),
             item_handlers={item: ocp.StandardCheckpointHandler() for item in ITEMS}
-            | {"fingerprints": ocp.JsonCheckpointHandler()},
+            | {item: ocp.JsonCheckpointHandler() for item in ("fingerprints", "about")},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only
+                preservation_policy=keep, create=not read_only, read_only=read_only, cleanup_tmp_directories=not read_only,
+                atomicity_options=_atomicity(directory),
             ),
         )
 
@@ -98,21 +139,27 @@ class Checkpoints:
         args = {item: self._ocp.args.StandardSave(tree) for item, tree in items.items()}
         fingerprints = {path: sums for tree in items.values() for path, sums in _fingerprints(tree).items()}
         args["fingerprints"] = self._ocp.args.JsonSave(fingerprints)
+        args["about"] = self._ocp.args.JsonSave({"schema": SCHEMA, "rmft_jax": __version__, "jax": jax.__version__})
         with self._writing():
             self._manager.save(step, args=self._ocp.args.Composite(**args))
 
     def restore(self, step: int, target: dict, items: Sequence[str] = ()) -> dict:
         """Restore a step onto `target`, a train state of arrays or ShapeDtypeStructs with shardings.
 
-        items: which to read, all that the target has unless said; only those keys of the target are used. Raises UserError
-        when shapes differ, Damaged when something is missing, cannot be read or is not what was saved.
+        items: which to read, all that the target has unless said; only those keys of the target are used. What checkpoints
+        of earlier schemas lack is zeros. Raises UserError when shapes differ, Newer when it is of a later schema, Damaged
+        when something is missing, cannot be read or is not what was saved.
         """
         items = items or [item for item, names in ITEMS.items() if names[0] in target]
-        trees = {item: {name: target[name] for name in ITEMS[item]} for item in items}
-        restore = self._ocp.args.StandardRestore
-        args = {item: restore(tree) for item, tree in trees.items()}
+        schema = self._schema(step)
+        trees, added = {item: {name: target[name] for name in ITEMS[item]} for item in items}, {}
         try:
             saved = self._manager.item_metadata(step)
+            for item in trees.keys() & _ADDED.keys():
+                has = saved[item].tree[item] if saved[item] else ()
+                added[item] = [name for name, since in _ADDED[item].items() if schema < since and name not in has]
+                trees[item] = {item: {name: x for name, x in trees[item][item].items() if name not in added[item]}}
+            args = {item: self._ocp.args.StandardRestore(tree) for item, tree in trees.items()}
             for item, tree in trees.items():
                 self._check_shapes(step, item, tree, saved[item])
             if (self.directory / str(step) / "fingerprints").exists():  # not in those of earlier versions
@@ -127,7 +174,24 @@ class Checkpoints:
             then, now = restored["fingerprints"], _fingerprints(state)
             if changed := next((name for name in now if then.get(name) != now[name]), None):
                 raise self._damaged(step, f"{changed} is not what was saved")
+        for item in added:
+            state[item] |= {name: _zeros(target[item][name]) for name in added[item]}
         return state
+
+    def _schema(self, step: int) -> int:
+        """Return the schema of a checkpoint, 1 of those that do not say."""
+        if not (self.directory / str(step) / "about").exists():
+            return 1
+        try:
+            about = self._manager.restore(step, args=self._ocp.args.Composite(about=self._ocp.args.JsonRestore()))["about"]
+            schema, version = int(about["schema"]), str(about["rmft_jax"])
+        except Exception as error:  # whatever storage and parsers make of broken files
+            raise self._damaged(step, f"about: {type(error).__name__}") from None
+        if schema > SCHEMA:
+            where = self.directory / str(step)
+            raise Newer(f"checkpoint {where} was written by rmft_jax {version}, in schema {schema}; this is {__version__}, "
+                        f"which reads up to {SCHEMA}: install that version or a later one")  # fmt: skip
+        return schema
 
     def restore_newest(self, target: dict) -> tuple[int, dict] | None:
         """Restore the newest checkpoint that is whole onto `target`; return its step and the state, None without any.
@@ -140,6 +204,8 @@ class Checkpoints:
             try:
                 found = step, self.restore(step, target)
                 break
+            except Newer:
+                raise
             except UserError as error:
                 refused[step] = error
         if not found and (others := [error for error in refused.values() if not isinstance(error, Damaged)]):
@@ -151,12 +217,9 @@ class Checkpoints:
             where = self.directory / str(step)
             say(f"checkpoint {where} is damaged ({why}): set aside as {aside}, going on from {going_on}")
             if is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                where.rename(aside)
+                _set_aside(where, aside)
         if refused:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            barrier("damaged checkpoints are set aside")
             self._manager.reload()
         return found
 
@@ -212,6 +275,20 @@ class Checkpoints:
                 )
 
 
+def _atomicity(directory: Path):
+    """Return how a checkpoint becomes whole: in a store by a file that says so, since a renamed folder is a copied one."""
+    import orbax.checkpoint as ocp
+
+    return ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE) if is_remote(directory) else None
+
+
+def _set_aside(where: Path, aside: Path) -> None:
+    if aside.exists():
+        aside.rmtree() if is_remote(aside) else shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    where.rename(aside)
+
+
 def abstract(state: dict, shardings: dict) -> dict:
     """Return the shapes, dtypes and shardings of a state: the target that `restore` fills."""
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), state, shardings)
@@ -221,7 +298,9 @@ def _path(path) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-
+def _zeros(target) -> jax.Array:
+    """Return zeros of the shape, dtype and sharding of an array or ShapeDtypeStruct."""
+    return jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
 
 def _fingerprints(state: dict) -> dict[str, list[int]]:
     """Return the fingerprint of each array by its path."""

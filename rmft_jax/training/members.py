@@ -16,12 +16,15 @@ from jax.sharding import PartitionSpec as P
 class Members:
     """Where the members of an ensemble lie: split over as many devices as share them equally."""
 
-    def __init__(self, count: int, *, together: bool = True):
+    def __init__(self, count: int, *, together: bool = True, devices_each: int = 1):
         """together: the members of a device under `vmap`, in one batched program; else one after the other, which suits
-        convolutions on CPU, where batched ones are slow."""
-        devices = max(n for n in range(1, jax.device_count() + 1) if count % n == 0)
-        self._mesh = Mesh(np.array(jax.devices()[:devices]), ("member",))
-        self._together = together
+        convolutions on CPU, where batched ones are slow. devices_each: over how many devices each member's batches are
+        split, see `part`."""
+        groups = max(n for n in range(1, jax.device_count() // devices_each + 1) if count % n == 0)
+        devices = np.array(jax.devices()[: groups * devices_each]).reshape(groups, devices_each)
+        self._mesh = Mesh(devices, ("member", "batch"))
+        self._together, self._devices_each = together, devices_each
+        self.batch_axis = "batch" if devices_each > 1 else None  # as it is called within a program
 
     def own(self, tree):
         """Place arrays with a leading axis of members, each device holding its members' part."""
@@ -30,6 +33,17 @@ class Members:
     def shared(self, tree):
         """Place arrays that all members read, whole on every device."""
         return jax.device_put(tree, jax.NamedSharding(self._mesh, P()))
+
+    def part(self, batch):
+        """Return this device's part of a member's batch, [B / devices_each, ...] of [B, ...]; within a program."""
+        if self.batch_axis is None:
+            return batch
+        size = len(batch) // self._devices_each
+        return jax.lax.dynamic_slice_in_dim(batch, jax.lax.axis_index("batch") * size, size)
+
+    def mean(self, tree):
+        """Return the mean over the parts of a batch, such as of losses and gradients; within a program."""
+        return tree if self.batch_axis is None else jax.lax.pmean(tree, "batch")
 
     def compile(self, function: Callable) -> Callable:
         """Return function(state, own, shared) compiled for all members at once.

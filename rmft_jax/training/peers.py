@@ -6,16 +6,21 @@ import ctypes
 import os
 import signal
 import socket
+import statistics
 import sys
 import threading
 import time
+from collections.abc import Mapping
 
 import jax
 
 from rmft_jax.errors import UserError
+from rmft_jax.processes import barrier
+from rmft_jax.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, the same command may well succeed
 _PREFIX = "rmft_jax/peers"
+_WARN_EVERY = 600  # seconds
 
 
 def peer_timeout() -> float:
@@ -33,6 +38,24 @@ def peer_timeout() -> float:
     return seconds
 
 
+def stragglers(seconds: Mapping[int, float], step: float) -> list[int]:
+    """Return the processes whose hosts hold the others up.
+
+    Args:
+      seconds: of each process, what its host works for a dispatch (input, handing over) rather than wait for devices.
+      step: seconds of a dispatch.
+
+    A straggler takes over twice the median of the others, and over a fifth of a dispatch. One whose devices are slow does
+    not show: in collectives all devices wait for the slowest.
+    """
+    found = []
+    for process, own in seconds.items():
+        others = [value for other, value in seconds.items() if other != process]
+        if others and own > 2 * statistics.median(others) and own > step / 5:
+            found.append(process)
+    return found
+
+
 class Peers:
     """A context in which a thread of each process tells the others how far it is, through JAX's coordination service.
 
@@ -48,10 +71,12 @@ class Peers:
         self._seen: dict[int, tuple[str, float]] = {}  # sign of life, and when it last changed
         self._behind: dict[int, float] = {}  # since when
         self._hosts: dict[int, str] = {}
+        self._work, self._began, self._warned = 0.0, 0.0, 0.0
         self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: self._aborted())
 
     def __enter__(self) -> Peers:
         if self._count > 1:
+            barrier("the first step")  # who starts later than others is not gone
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
             # JAX aborts as soon as the coordinating process is gone. Python's own handlers never run after an abort.
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
@@ -64,8 +89,10 @@ class Peers:
             signal.signal(signal.SIGABRT, signal.SIG_DFL)
         self._ended.set()
 
-    def advance(self) -> None:
-        """Note that one more dispatch has been handed over."""
+    def advance(self, work: float = 0.0) -> None:
+        """Note that one more dispatch has been handed over, which took the host `work` seconds."""
+        self._began = self._began or time.monotonic()
+        self._work = work if self._dispatches < 2 else 0.9 * self._work + 0.1 * work  # the first one compiles
         self._dispatches += 1
 
     def _watch(self) -> None:
@@ -74,7 +101,7 @@ class Peers:
         client, beat, answered = distributed.global_state.client, 0, time.monotonic()
         while not self._ended.wait(self._timeout / 6):
             beat, now = beat + 1, time.monotonic()
-            sign = f"{beat} {self._dispatches} {socket.gethostname()}"
+            sign = f"{beat} {self._dispatches} {self._work:.6f} {socket.gethostname()}"
             try:
                 client.key_value_set(f"{_PREFIX}/{self._me}", sign, allow_overwrite=True)
                 signs = dict(client.key_value_dir_get(_PREFIX))
@@ -85,6 +112,7 @@ class Peers:
                 continue
             for process in range(self._count):
                 self._judge(process, signs.get(f"{_PREFIX}/{process}", ""), now)
+            self._look_for_stragglers(signs, now)
 
     def _judge(self, process: int, sign: str, now: float) -> None:
         before, since = self._seen.get(process, ("", now))
@@ -95,7 +123,7 @@ class Peers:
             self._end(process, f"has given no sign of life for {now - since:.0f} s")
         if not sign:
             return
-        _, dispatches, host = sign.split(maxsplit=2)
+        _, dispatches, _, host = sign.split(maxsplit=3)
         self._hosts[process] = host
         if int(dispatches) < self._dispatches:
             since = self._behind.setdefault(process, now)
@@ -103,6 +131,17 @@ class Peers:
                 self._end(process, f"is stuck at dispatch {dispatches}, the others at {self._dispatches}")
         else:
             self._behind.pop(process, None)
+
+    def _look_for_stragglers(self, signs: Mapping[str, str], now: float) -> None:
+        if self._me or self._dispatches < 20 or now - self._warned < _WARN_EVERY:
+            return
+        work = {int(key.rsplit("/", 1)[1]): float(sign.split()[2]) for key, sign in signs.items()}
+        step = (now - self._began) / self._dispatches
+        for process in stragglers(work, step):
+            self._warned = now
+            say(f"warning: process {process} on {self._hosts.get(process)} holds the others up: its host works "
+                f"{work[process]:.3f} s for each dispatch of {step:.3f} s; look at what else runs there, and at its storage",
+                always=True)  # fmt: skip
 
     def _aborted(self) -> None:
         from jax._src import distributed

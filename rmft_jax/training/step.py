@@ -39,6 +39,7 @@ from rmft_jax.training.privacy import private_gradient
 from rmft_jax.training.tracker import TrackerShape, init_tracker, update_tracker
 
 _LORA, _ASK = 0x6C6F7261, 0x61736B  # streams of random bits
+_REMEMBERED = 32  # steps left out, by number
 
 
 def init_state(
@@ -71,7 +72,7 @@ def init_state(
         "optimizer": optimizer.init(trained),
         "seen": jnp.zeros(max(1, identities), bool),  # orbax saves no empty array
         "step": jnp.zeros((), jnp.int32),
-        "guard": {"loss": jnp.zeros(()), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)},
+        "guard": init_guard(),
     }
     if tracker:
         state["tracker"] = init_tracker(tracker)
@@ -79,6 +80,13 @@ def init_state(
         width = config.training.sequence_length - config.masking.margin + 1
         return state | {"elr": top_targets((blocks, width, config.loss.elr_top))._asdict()}
     return state | ({"average": jax.tree.map(jnp.copy, trained)} if config.loss.elr_weight else {})
+
+
+def init_guard() -> dict:
+    """Return what `accept` knows at step 0: loss, the running average; skipped, in_a_row, how many steps were left out;
+    recent, int32 [32], the numbers of the newest of those."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("skipped", "in_a_row")}  # two arrays: the step takes both over
+    return {"loss": jnp.zeros(()), **counts, "recent": jnp.zeros(_REMEMBERED, jnp.int32)}
 
 
 def model_of(state: dict) -> dict:
@@ -103,15 +111,7 @@ def train_step(
     config.seed. Returns the new state and metrics, scalars but for the counts of a tracker.
     """
     seed = config.seed if seed is None else seed
-    masked = mask_batch(
-        batch,
-        bank,
-        masking_key(seed),
-        length=config.training.sequence_length + 1,
-        rules=masking_rules(config),
-    )
-    if config.training.objective == "masked":
-        masked = ask(masked, config, jax.random.fold_in(dropout_key(seed, state["step"]), _ASK))
+    masked = masked_rows(state["step"], batch, bank, config=config, seed=seed)
     masked = jax.tree.map(lambda x: place(x, "batch"), masked)  # whole rows: surrogates move tokens across any cut
     key = dropout_key(seed, state["step"]) if config.training.dropout else None
     part = "adapters" if config.lora.rank else "params"
@@ -123,7 +123,7 @@ def train_step(
         gradients, scores = loss_and_gradient(state[part], config, masked, average=average, key=key, **frozen)
         hit = scores.pop("hit")
     norm = optax.global_norm(gradients)
-    ok, guard = accept(state["guard"], config, scores["loss"], norm)
+    ok, guard = accept(state["guard"], config, scores["loss"], norm, step=state["step"] + 1)
     updates, optimizer_state = optimizer.update(gradients, state["optimizer"], state[part])
     identity = jnp.where(masked.shown, batch.span_identity, state["seen"].size)  # beyond the end: dropped
     new = {
@@ -143,6 +143,7 @@ def train_step(
         "cut_tokens": jnp.sum(masked.cut),
         "skipped": guard["skipped"],
         "skipped_in_a_row": guard["in_a_row"],
+        "skipped_steps": guard["recent"],
     }
     if targets is not None:
         new["elr"] = targets
@@ -150,6 +151,16 @@ def train_step(
         new["tracker"] = update_tracker(state["tracker"], batch, masked, hit, new["step"])
         metrics["tracker"] = new["tracker"]["counts"]
     return new, metrics
+
+
+def masked_rows(step: jax.Array, batch: TaggedBatch, bank: SurrogateBank, *, config: Config, seed) -> MaskedBatch:
+    """Return the rows as the model is shown them in a step, the input step: PII replaced and, for a masked language model,
+    tokens hidden. step: int [], taken so far."""
+    length, rules = config.training.sequence_length + 1, masking_rules(config)
+    masked = mask_batch(batch, bank, masking_key(seed), length=length, rules=rules)
+    if config.training.objective == "masked":
+        masked = ask(masked, config, jax.random.fold_in(dropout_key(seed, step), _ASK))
+    return masked
 
 
 def _targets_so_far(elr: dict, batch: TaggedBatch, masked: MaskedBatch) -> TopTargets:
@@ -166,9 +177,11 @@ def _note_targets(elr: dict, batch: TaggedBatch, masked: MaskedBatch, new: TopTa
     return {name: elr[name].at[row, place].set(values, mode="drop") for name, values in new._asdict().items()}
 
 
-def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, dict]:
+def accept(
+    guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Array, *, step: jax.Array
+) -> tuple[jax.Array, dict]:
     """Return whether a step counts, bool [], and the new guard. One that does not changes nothing but the step's number
-    and what a tracker has counted, which is of the model as it was before.
+    and what a tracker has counted, which is of the model as it was before. step: its number, from 1.
 
     A step counts where loss and gradient are finite and, with training.skip_above, the loss is at most so many times the
     running average of the losses. A loss above that moves the average as one at the limit, so that a lasting change is
@@ -182,10 +195,12 @@ def accept(guard: dict, config: Config, loss: jax.Array, gradient_norm: jax.Arra
     spike = loss > limit
     loss = jnp.where(jnp.isfinite(loss), jnp.minimum(loss, limit), average)
     ok &= ~spike
+    place = guard["skipped"] % _REMEMBERED
     return ok, {
         "loss": jnp.where(average > 0, 0.98 * average + 0.02 * loss, loss),
         "skipped": guard["skipped"] + ~ok,
         "in_a_row": jnp.where(ok, 0, guard["in_a_row"] + 1),
+        "recent": guard["recent"].at[place].set(jnp.where(ok, guard["recent"][place], step)),
     }
 
 

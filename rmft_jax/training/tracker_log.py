@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 
 from rmft_jax.config import Config
 from rmft_jax.devices import is_main
-from rmft_jax.files import read_lines, write_text
+from rmft_jax.files import LineFile, read_lines
 from rmft_jax.training.tracker import slice_names
 
 SCHEMA = 1
@@ -60,20 +59,19 @@ class TrackerLog:
 
     def __init__(self, directory: Path, config: Config, blocks: int, begin: int, counts: dict):
         """begin: the step to go on from; counts: the state's `counts` at that step."""
-        self._path, self._names, self._begin = directory / "memorization.jsonl", slice_names(config), begin
+        path, self._names, self._begin = directory / "memorization.jsonl", slice_names(config), begin
         self._every, self._batch, self._blocks = config.training.log_every, config.training.batch_size, blocks
         self._row, self._follows = config.training.sequence_length, config.tracker.examples
         self._last, self._since = jax.device_get(counts), begin
         self._bins = self._last["lengths"].shape[1]
         self._pending: tuple[int, int, dict] | None = None
         self._epochs: dict[int, Tally] = {}  # the unfinished ones
-        records = [record for record in read_lines(self._path) if record.get("step", begin + 1) <= begin]
+        records = [record for record in read_lines(path) if record.get("step", begin + 1) <= begin]
         for record in records:
             self._add_up(record["epoch"], Tally.of_record(record, self._names, self._bins), record["kind"] == "epoch")
         slices = ["all", *self._names]
         header = {"kind": "tracker", "schema": SCHEMA, "slices": slices, "examples": blocks, "lengths": self._bins}
-        if is_main():
-            write_text(self._path, "".join(json.dumps(record) + "\n" for record in (header, *records)))
+        self._file = LineFile(path, (header, *records)) if is_main() else None
 
     def add(self, step: int, count: int, counts: dict) -> None:
         """Note the counts of the `count` steps up to `step`, just dispatched; read those of the dispatch before, if due."""
@@ -86,6 +84,8 @@ class TrackerLog:
         if self._pending:
             self._read(*self._pending, also=self._pending[:1])
             self._pending = None
+        if self._file:
+            self._file.flush()
 
     def _read(self, last: int, count: int, counts: dict, also: tuple[int, ...] = ()) -> None:
         steps = [step for step in range(last - count + 1, last + 1) if step % self._every == 0 or step in also]
@@ -112,9 +112,8 @@ class TrackerLog:
             records.append(about | self._epochs[epoch].record(self._names, self._row))
             del self._epochs[epoch]
         self._last, self._since = counts, step
-        if is_main():
-            with self._path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+        if self._file:
+            self._file.add(*records)
 
     def _add_up(self, epoch: int, tally: Tally, finished: bool = False) -> None:
         if finished:

@@ -1,0 +1,284 @@
+"""The data set that `prepare` writes: the same on any number of cores, by Beam, and however often it was interrupted."""
+
+import dataclasses
+import operator
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from rmft_jax.config import SourceConfig, load_config, to_yaml
+from rmft_jax.data.pool import run_in_order
+from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.data.sources import read_documents
+from rmft_jax.data.tagged_corpus import read_corpus, serialize
+from rmft_jax.data.tagging import Identities
+from rmft_jax.data.work import work_folder
+from rmft_jax.errors import UserError
+from rmft_jax.pii.detector import Detector
+from rmft_jax.pii.values import keyed_hash
+
+RMFT = [sys.executable, "-c", "from rmft_jax.cli import main; main()"]
+ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
+MAILS = ["source.format=jsonl", f"source.path={ENRON}", "source.text_field=raw"]
+
+def test_records_are_those_of_tfds():
+    rng = np.random.default_rng(0)
+    features = {"tokens": np.int32, "component_value": np.int32, "duplicate": np.uint8, "document": np.int64}
+    counts = np.array([0, 1, 5, 300, 0])
+    values = {
+        "tokens": rng.integers(0, [128, 2**14, 2**31 - 1], size=(306, 3)).T[1].astype(np.int32),
+        "component_value": rng.integers(-(2**31), 2**31, 306).astype(np.int32),
+        "duplicate": rng.integers(0, 3, 306).astype(np.uint8),
+        "document": rng.integers(0, 2**62, 306),
+    }
+    for top in (2, 128, 129, 2**14, 2**14 + 1, 2**31 - 1):
+        values["tokens"] = rng.integers(0, top, 306).astype(np.int32)
+        ours = serialize({name: (array, counts) for name, array in values.items()})
+        specs = {name: tfds.features.Tensor(shape=(None,), dtype=dtype) for name, dtype in features.items()}
+        serializer = ExampleSerializer(tfds.features.FeaturesDict(specs).get_serialized_info())
+        cuts = {name: np.split(array, np.cumsum(counts)[:-1]) for name, array in values.items()}
+        for number, record in enumerate(ours):
+            example = serializer.get_tf_example({name: parts[number] for name, parts in cuts.items()})
+            assert record == example.SerializeToString(deterministic=True)
+
+
+MAIL = {
+    "maildir/lay-k/inbox/1.": b"From: a@alder.example.com\nSubject: one\n\nHello\n",
+    "maildir/lay-k/sent/1.": b"From: b@b.example.org\nSubject: \xff\xfe\n\nnot \xe9 UTF-8\n",
+    "maildir/ring-a/inbox/2.": b"",
+}
+
+
+@pytest.mark.parametrize("kind", ["archive", "folder"])
+def test_the_builder_of_enron_emails(tmp_path, kind):
+    """What tfds.testing.DatasetBuilderTestCase checks, which itself needs TensorFlow."""
+    from rmft_jax.data.enron_emails import EnronEmails
+
+    for name, raw in MAIL.items():
+        path = tmp_path / "manual" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+    if kind == "archive":
+        with tarfile.open(tmp_path / "manual/enron_mail_20150507.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "manual/maildir", "maildir")
+        shutil.rmtree(tmp_path / "manual/maildir")
+    assert "enron_emails" in tfds.list_builders(with_community_datasets=False)
+    builder = tfds.builder("enron_emails", data_dir=tmp_path / "tfds")
+    assert isinstance(builder, EnronEmails) and str(builder.version) == "1.0.0"
+    (url, registered), = builder.url_infos.items()
+    assert url.startswith("https://www.cs.cmu.edu/") and (registered.size, len(registered.checksum)) == (443254787, 64)
+    config = tfds.download.DownloadConfig(manual_dir=tmp_path / "manual")
+    builder.download_and_prepare(download_config=config)
+    assert builder.info.splits["train"].num_examples == 3 and builder.info.splits["train"].num_bytes > 0
+    source = tfds.data_source("enron_emails", data_dir=tmp_path / "tfds", split="train")
+    found = {record["id"].decode(): record for record in source}
+    assert {f"maildir/{id}": record["raw"] for id, record in found.items()} == MAIL
+    assert {record["mailbox"] for record in found.values()} == {b"lay-k", b"ring-a"}
+    again = tfds.builder("enron_emails", data_dir=tmp_path / "tfds")
+    again.download_and_prepare()  # is there: nothing is done
+    assert again.info.splits["train"].shard_lengths == builder.info.splits["train"].shard_lengths
+    documents = read_documents(SourceConfig(
+        format="tfds", path=str(builder.data_path), text_field="raw", mail=True, limit=0, heldout_fraction=0.4,
+    ))  # fmt: skip
+    assert len(documents.train) + len(documents.heldout) == 2 and documents.faults["empty"] == 1
+
+
+def test_somebody_elses_program_reads_the_data(prepared):
+    script = Path(__file__).parents[1] / "docs" / "read_tagged_corpus.py"
+    check = f"import runpy, sys; sys.argv = ['x', {str(prepared.directory)!r}]; runpy.run_path({str(script)!r}); " + (
+        "assert not {'tensorflow', 'rmft_jax', 'jax'} & set(sys.modules), 'more was imported'"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", check], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    train = prepared.manifest["train"]
+    assert lines[0].startswith(f"{train['documents']} documents, {train['pii_occurrences'] - prepared.identities} repeated")
+    first = next(read_corpus(prepared.directory, "train"))
+    assert done.stdout.partition("\n")[2] == prepared.tokenizer.decode(first["tokens"]) + "\n"
+
+
+def test_tfds_lists_and_describes_the_data(prepared):
+    builder = tfds.builder("tagged_corpus", data_dir=prepared.directory)
+    assert str(builder.version) == "1.1.0" and "personal data" in builder.info.description
+    assert builder.info.features["span_rank"].np_dtype == np.int32
+    for split in ("train", "heldout"):
+        assert builder.info.splits[split].num_examples == prepared.manifest[split]["documents"]
+        assert builder.info.splits[split].num_bytes > 0
+    whole = tfds.data_source("tagged_corpus", data_dir=prepared.directory, split="train[50%:]")
+    assert len(whole) == pytest.approx(prepared.manifest["train"]["documents"] / 2, abs=1)
+
+
+def test_no_tensorflow_is_imported_anywhere(tmp_path):
+    """From reading the source to reading the data, and by the builders."""
+    program = f"""
+import sys
+from rmft_jax.config import load_config
+from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.data.tagged_corpus import read_corpus
+import rmft_jax.data.enron_emails
+config = load_config(None, ["source.limit=60", "tokenizer.vocab_size=400", "out={tmp_path}", "source.shard_characters=9000"])
+prepare(config)
+assert len(list(read_corpus(load_prepared(config).directory, "train"))) == 54
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+SETTINGS = ["source.limit=150", "tokenizer.vocab_size=400", "source.shard_characters=12000", "pii.types=[email,phone]",
+            "canary.count=1", "canary.repetitions=[1,3]"]  # fmt: skip
+
+
+def files_of(directory):
+    """Return all that prepared data consist of; not what their secret makes different each time."""
+    found = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    out = {name: path.read_bytes() for name, path in found.items() if name not in ("identity.key", "identities.npz")}
+    with np.load(directory / "identities.npz") as arrays:
+        return out | {name: arrays[name].tobytes() for name in arrays if name != "hashes"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Return the files of data that one process has prepared in one go."""
+    config = load_config(None, [*SETTINGS, f"out={tmp_path_factory.mktemp('undisturbed')}"])
+    prepare(config, workers=1)
+    return files_of(config.data_dir)
+
+
+def test_three_processes_write_what_one_writes(undisturbed, tmp_path):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}"])
+    prepare(config, workers=3)
+    assert files_of(config.data_dir) == undisturbed
+    assert sum(name.startswith("tagged_corpus/1.1.0/tagged_corpus-train") for name in undisturbed) > 5
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_one_shard_holds_what_many_hold(undisturbed, tmp_path):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}", "source.shard_characters=1000000"])
+    prepare(config)
+    assert files_of(config.data_dir)["bank.npz"] == undisturbed["bank.npz"]
+    many = load_config(None, [*SETTINGS, f"out={tmp_path / 'many'}"])
+    prepare(many, workers=1)
+    for split in ("train", "heldout"):
+        pairs = zip(read_corpus(config.data_dir, split), read_corpus(many.data_dir, split), strict=True)
+        assert all(np.array_equal(one[name], other[name]) for one, other in pairs for name in one)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_call_that_is_killed_at_any_moment_is_gone_on_with(undisturbed, tmp_path, kills):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path / 'out'}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [*RMFT, "prepare", str(tmp_path / "config.yaml"), "--workers", "2"]
+    work, rng, redone, finished, killed = config.data_dir.with_name(".data.partial"), random.Random(5), 0, {}, 0
+    while killed < kills:
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        stage = ("texts", "tokenizer", "tagged", "ranks", "records", "final")[killed % 6]
+        while process.poll() is None and not (work / stage).exists():
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.3)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        if config.data_dir.exists():  # it was done
+            assert files_of(config.data_dir) == undisturbed
+            shutil.rmtree(config.data_dir)
+            finished = {}
+            continue
+        time.sleep(0.5)  # its workers end with the shard they are at
+        redone += sum((work / name).stat().st_mtime_ns != when for name, when in finished.items() if (work / name).exists())
+        finished = {
+            str(path.relative_to(work)): path.stat().st_mtime_ns
+            for stage in ("texts", "tagged", "records") for path in work.glob(f"{stage}/[!.]*")
+        }  # fmt: skip
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert files_of(config.data_dir) == undisturbed and not redone
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
+
+
+def test_what_is_left_of_other_settings_is_not_gone_on_with(undisturbed, tmp_path):
+    other = load_config(None, [*SETTINGS, f"out={tmp_path}", "source.limit=40"])
+    with work_folder(other.data_dir, [], []) as folder:
+        (folder / "texts").mkdir()
+        (folder / "texts/read.json").write_text("{}")
+        with pytest.raises(UserError, match="another call"), work_folder(other.data_dir, [], []):
+            pass
+        shutil.copytree(folder, tmp_path / "kept")
+    shutil.move(tmp_path / "kept", folder)
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}"])
+    prepare(config, workers=1)
+    assert files_of(config.data_dir) == undisturbed
+
+
+def test_a_worker_that_dies_is_named():
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        list(run_in_order(operator.call, os._exit, [3, 3], 2))
+    with pytest.raises(ValueError, match="invalid literal"):  # an error of the work is raised as it is
+        list(run_in_order(operator.call, int, ["1", "x", "2"], 2))
+    assert list(run_in_order(operator.call, int, ["1", "2", "3"], 2)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("documents", [300, pytest.param(12_000, marks=pytest.mark.slow)])
+@pytest.mark.skipif(not ENRON.exists(), reason="the Enron sample is not beside the project")
+def test_round_trip_on_enron(tmp_path, documents):
+    """Tokens decode to the text, spans to the values; all values are tagged; ranks and identities are a dictionary's."""
+    settings = [*MAILS, f"source.limit={documents}", f"source.shard_characters={documents * 100}"]
+    config = load_config(None, [*settings, "tokenizer.vocab_size=2000", f"out={tmp_path}"])
+    prepare(config)
+    prepared, texts = load_prepared(config), read_documents(config.source)
+    decode, identities = prepared.tokenizer.decode, Identities.empty()
+    numbers = {"train": identities.add, "heldout": identities.look_up}
+    for split in ("train", "heldout"):
+        own, checked = getattr(texts, split), 0
+        found = Detector(config.pii).detect_many(own)
+        for text, spans, record in zip(own, found, read_corpus(config.data_dir, split), strict=True):
+            assert decode(record["tokens"]) == text
+            for name, values in numbers[split](spans).items():
+                assert record[name].tolist() == values
+            component = record["component"]
+            owner = np.append(record["component_span"], -1)[component - 1]
+            for number, span in enumerate(spans):
+                tokens = record["tokens"][(component > 0) & (owner == number)]
+                assert decode(tokens) == text[span.start : span.end]
+            checked += len(spans)
+        assert checked == prepared.manifest[split]["pii_occurrences"] > 0
+    assert prepared.identity_counts.tolist() == identities.counts
+    assert list(prepared.identity_hashes) == [keyed_hash(value, prepared.identity_key) for value in identities.index]
+
+
+@pytest.mark.parametrize("source", ["synthetic", pytest.param("enron", marks=pytest.mark.slow)])
+def test_beam_writes_what_one_machine_writes(tmp_path, source):
+    pytest.importorskip("apache_beam", reason="needs rmft-jax[beam], an environment of its own")
+    enron = [*MAILS, "source.limit=0", "tokenizer.vocab_size=4096", "source.shard_characters=2000000"]
+    settings = SETTINGS if source == "synthetic" else enron
+    found = []
+    for runner in ("local", "beam"):
+        config = load_config(None, [*settings, f"out={tmp_path / runner}"])
+        manifest = prepare(config, runner=runner, beam_options=["--runner=DirectRunner"])
+        found.append(files_of(config.data_dir))
+    assert found[0] == found[1] and manifest["pii_identities"] > 100
+
+
+def test_an_unknown_runner_is_refused(tmp_path):
+    with pytest.raises(UserError, match="choose one of local, beam"):
+        prepare(load_config(None, [*SETTINGS, f"out={tmp_path / 'x'}"]), runner="spark")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}", "dedup.most_tokens=1000"])
+    manifest = prepare(config, workers=1)
+    assert manifest["duplicates"]["removed_tokens"] is None
+    assert not any(record["duplicate"].any() for record in read_corpus(config.data_dir, "train"))
+    load_prepared(config)
+    with pytest.raises(UserError, match="larger dedup.most_tokens"):
+        load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))

@@ -1,0 +1,122 @@
+"""Steps that were left out are noted and can be looked at again; checkpoints by the clock, and of other versions."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_cli import rmft
+
+from rmft_jax.config import load_config, to_yaml
+from rmft_jax.errors import UserError
+from rmft_jax.training import checkpoints as module
+from rmft_jax.training import loop
+from rmft_jax.training.checkpoints import Checkpoints
+from rmft_jax.training.loop import train
+from rmft_jax.training.replay import replay
+from rmft_jax.training.setup import set_up
+
+JUMPY = ["training.skip_above=1.0005", "training.learning_rate=1e-5", "training.steps=40", "training.log_every=7",
+         "checkpoint.count=1", "checkpoint.every_steps=15", "training.steps_per_dispatch=3"]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def jumpy(tiny):
+    config = tiny(*JUMPY, "name=jumpy")
+    return config, train(config)
+
+
+def test_every_step_that_is_left_out_is_noted_with_its_blocks(jumpy):
+    config, directory = jumpy
+    noted = lines(directory / "skipped.jsonl")
+    assert len(noted) == int(lines(directory / "metrics.jsonl")[-1]["skipped"]) > 0
+    blocks, per_epoch = len(set_up(config).blocks), {}
+    for record in noted:
+        assert len(record["blocks"]) == 8 and all(0 <= block < blocks for block in record["blocks"])
+        assert record["epoch"] == (record["step"] - 1) * 8 // blocks
+        per_epoch.setdefault(record["epoch"], []).extend(record["blocks"])
+    assert [record["step"] for record in noted] == sorted({record["step"] for record in noted})
+
+
+def test_a_replay_takes_the_step_again(jumpy, capsys):
+    _, directory = jumpy
+    last = lines(directory / "skipped.jsonl")[-1]
+    found = replay(directory)
+    assert found["step"] == last["step"] and found["left_out"] and found["parameters_finite"]
+    assert found["from_step"] == 15 * ((last["step"] - 1) // 15)
+    assert sorted(row["block"] for row in found["rows"]) == sorted(last["blocks"])
+    losses = [row["loss"] for row in found["rows"]]
+    assert losses == sorted(losses, reverse=True)
+    assert min(losses) < found["loss"] < max(losses)
+    assert json.loads((directory / "replay" / f"{last['step']}.json").read_text()) == found
+    code, out, _ = rmft("replay", directory, "--step", 7, "--json", capsys=capsys)
+    metrics = {record["step"]: record for record in lines(directory / "metrics.jsonl")}
+    again = json.loads(out)
+    assert code == 0 and again["loss"] == metrics[7]["loss"] and again["gradient_norm"] == metrics[7]["gradient_norm"]
+
+
+def test_a_row_alone_has_the_loss_and_gradient_of_its_share(tiny):
+    """The mean over rows, weighted by targets, is that of the batch."""
+    directory = train(tiny("name=rows", "training.steps=4", "checkpoint.count=1", "training.log_every=1"))
+    found = replay(directory, 3)
+    losses, targets = (np.array([row[name] for row in found["rows"]]) for name in ("loss", "tokens"))
+    assert not found["left_out"]
+    full = targets == max(targets)
+    assert full.sum() >= 4 and abs(losses[full].mean() - found["loss"]) < 0.2
+    with pytest.raises(UserError, match="left no step out: name one with --step"):
+        replay(directory)
+    with pytest.raises(UserError, match="has no step 9: name one of 1 to 4"):
+        replay(directory, 9)
+
+
+def test_a_run_that_gives_up_says_how_to_look(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "_GIVE_UP", 2)
+    config = tiny(*JUMPY, "name=given_up", "training.skip_above=1.0001", "training.log_every=1")
+    with pytest.raises(UserError, match=r"were left out.*`rmft replay .*given_up` shows what was in them"):
+        train(config)
+    assert len(lines(config.run_dir / "skipped.jsonl")) >= 2
+    code, out, _ = rmft("replay", config.run_dir, capsys=capsys)
+    assert code == 0 and "left out again" in out and "gradient norm" in out
+
+
+def test_checkpoints_by_the_clock(tiny):
+    settings = ["training.steps=12", "checkpoint.count=1", "checkpoint.keep_last=3", "checkpoint.every_minutes=1e-6"]
+    steps = lambda run: Checkpoints.open(run)[0].steps()  # noqa: E731
+    assert steps(train(tiny(*settings, "name=clock"))) == [10, 11, 12]
+    assert steps(train(tiny(*settings, "name=clock_kept", "checkpoint.keep_hours=1e-9"))) == list(range(1, 13))
+    assert steps(train(tiny(*settings, "name=clock_off", "checkpoint.every_minutes=0"))) == [12]
+
+
+def test_checkpoints_of_the_first_schema_are_read_and_of_a_later_one_refused(tiny, monkeypatch, capsys, tmp_path):
+    config = tiny("training.steps=8", "checkpoint.count=2", "training.log_every=1", "name=schemas")
+    expected = train(config)
+    run = set_up(config)
+    old = tiny("training.steps=8", "checkpoint.count=2", "training.log_every=1", "name=schema_one")
+    old.run_dir.mkdir(parents=True)
+    (old.run_dir / "config.yaml").write_text(to_yaml(old))
+    for name in ("metrics.jsonl", "evaluation.json"):
+        (old.run_dir / name).write_text((expected / name).read_text())
+    state = Checkpoints.open(expected)[0].restore(4, run.target)
+    del state["guard"]["recent"]
+    writer = Checkpoints(old.run_dir / "checkpoints")
+    writer.save(state)
+    writer.close()
+    about = old.run_dir / "checkpoints" / "4" / "about"
+    kept = (about / "metadata").read_text()
+    (about / "metadata").write_text(kept.replace('"schema": 2', '"schema": 9').replace('"schema":2', '"schema":9'))
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(old))
+    code, _, err = rmft("train", path, capsys=capsys)
+    assert code == 2 and "in schema 9" in err and "install that version or a later one" in err
+    assert not (old.run_dir / "damaged").exists()
+    import shutil
+
+    shutil.rmtree(about)
+    train(load_config(path))
+    states = [Checkpoints.open(place)[0].restore(8, run.target) for place in (expected, old.run_dir)]
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True))
+    assert module.SCHEMA == 2
