@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rmft_jax.data.sources import read_documents
     from rmft_jax.errors import UserError
     from rmft_jax.memorization.compare import compare
+    from rmft_jax.memorization.deja_vu import audit_vlm
     from rmft_jax.memorization.extraction import audit
     from rmft_jax.memorization.tracker import track
     from rmft_jax.pii.detector import detect
@@ -29,16 +30,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
-    "Config": "config", "UserError": "errors", "audit": "memorization.extraction", "compare": "memorization.compare",
-    "convert_export": "convert", "convert_import": "convert", "dedup": "data.dedup_report", "detect": "pii.detector",
+    "Config": "config", "UserError": "errors", "audit": "memorization.extraction",
+    "audit_vlm": "memorization.deja_vu", "compare": "memorization.compare", "convert_export": "convert",
+    "convert_import": "convert", "dedup": "data.dedup_report", "detect": "pii.detector",
     "load_config": "config", "load_prepared": "data.prepare", "plan": "training.plan", "prepare": "data.prepare",
     "read_documents": "data.sources", "run_bench": "bench", "run_study": "studies", "to_yaml": "config",
     "track": "memorization.tracker", "train": "training.loop", "with_changes": "config", "write_report": "report.html",
 }  # fmt: skip
 __all__ = [
-    "Config", "UserError", "audit", "compare", "convert_export", "convert_import", "dedup", "detect", "load_config",
-    "load_prepared", "plan", "prepare", "read_documents", "run_bench", "run_study", "to_yaml", "track", "train",
-    "with_changes", "write_report",
+    "Config", "UserError", "audit", "audit_vlm", "compare", "convert_export", "convert_import", "dedup", "detect",
+    "load_config", "load_prepared", "plan", "prepare", "read_documents", "run_bench", "run_study", "to_yaml", "track",
+    "train", "with_changes", "write_report",
 ]  # fmt: skip
 
 

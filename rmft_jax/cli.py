@@ -17,8 +17,11 @@ from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
-    "The main job: prepare -> train (once as baseline, once with masking) -> audit -> compare -> report.\n\n"
-    "`rmft demo` does all of it on a bundled corpus. Any setting can follow a command as key.path=value.",
+    "Start: `rmft doctor` says what works here; `rmft demo` does the whole job on a bundled corpus; `rmft init DATA` "
+    "writes a config for your own text.\n\n"
+    "The main job: prepare -> train (once with masking.policy=none, once without) -> audit -> compare -> report.\n\n"
+    "Any setting can follow a command as key.path=value. Results go to stdout (--json for programs), progress to stderr. "
+    "Tab completes: rmft --install-completion.",
     add_completion=True,
     pretty_exceptions_enable=False,
 )
@@ -136,7 +139,7 @@ def plan(
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train one model on prepared data; prints the run's directory."""
     from rmft_jax.config import load_config
 
@@ -149,7 +152,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     join_processes()
     directory = train(settings)
     if is_main():
-        print(directory)
+        print(json.dumps({"run": str(directory)}) if as_json else directory)
 
 
 @app.command()
@@ -213,6 +216,30 @@ def track(
         _print_track(run, result)
 
 
+@app.command("audit-vlm")
+def audit_vlm(
+    embeddings: Annotated[Path, typer.Argument(help="An .npz file of embeddings and objects: docs/deja_vu.md.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write [default: NAME.deja_vu.json beside it].")] = None,
+    neighbours: Annotated[int, typer.Option(help="Public images that a caption is compared with.")] = 10,
+    clusters: Annotated[int, typer.Option(help="For millions of public images: search approximately; 0 = exactly.")] = 0,
+    probes: Annotated[int, typer.Option(help="Cells of the approximate search that each caption visits.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Test a vision-language model of your own for deja vu memorization, by its embeddings."""
+    from rmft_jax.devices import use_cores
+    from rmft_jax.memorization.deja_vu import audit_vlm
+
+    use_cores()
+    result = audit_vlm(embeddings, out, k=neighbours, clusters=clusters, probes=probes)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, test in result["tests"].items():
+        ends = {gap: "[{:.3f}, {:.3f}]".format(*test["intervals"][gap]) for gap in ("ppg", "prg", "aucg")}
+        gaps = ", ".join(f"{gap.upper()} {test['population'][gap]:.3f} {said}" for gap, said in ends.items())
+        print(f"{name.replace('_', ' ')}: {gaps} ({result['records']:,} records, {result['public']:,} public images)")
+
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Audited run directories, one of them without a defence.")],
@@ -274,6 +301,7 @@ def demo(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="Another config [default: the bundled corpus].")] = None,
     out: Annotated[str, typer.Option(help="Output directory.")] = "runs/demo",
+    as_json: Json = False,
 ) -> None:
     """Do the main job: prepare, train baseline, dedup and RMFT, audit, compare, report."""
     from rmft_jax.config import load_config
@@ -284,13 +312,16 @@ def demo(
 
     use_cores(settings)
     results, path = demo(settings)
+    if as_json:
+        print(json.dumps(results))
+        return
     _print_table(results)
     print(f"report: {path}")
 
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu or retroprompt.")],
+    name: Annotated[str, typer.Argument(help="Which study: rmft, scaling, early-learning, m-score, deja-vu, retroprompt.")],
     config: ConfigPath,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option(help="End with exit code 3 if a claim does not hold.")] = False,

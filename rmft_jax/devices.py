@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -128,7 +129,7 @@ def keep_programs() -> None:
 
     In JAX_COMPILATION_CACHE_DIR if set, else in the user's cache directory.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "rmft_jax" / "programs"))
 
@@ -144,6 +145,22 @@ def spread_rows(*arrays: np.ndarray) -> list[jax.Array]:
     The number of rows must be a multiple of the number of devices, see `rows_for`.
     """
     return jax.device_put(list(arrays), NamedSharding(_line(), P("rows")))
+
+
+def by_rows(function: Callable) -> Callable:
+    """Return function(rows, shared) such that each device of this process computes the results of its part of the rows.
+
+    rows: an array [N, ...], any N; shared: arrays that every device holds whole. What comes back has an axis of N first.
+    """
+    specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows")}
+    run = jax.jit(jax.shard_map(function, mesh=_line(), check_vma=False, **specs))
+
+    def call(rows: np.ndarray, shared):
+        more = rows_for(len(rows)) - len(rows)
+        padded = np.pad(rows, ((0, more), *[(0, 0)] * (rows.ndim - 1)))
+        return jax.tree.map(lambda x: x[: len(rows)], run(*spread_rows(padded), shared))
+
+    return call
 
 
 def rows_for(rows: int) -> int:

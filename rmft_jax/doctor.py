@@ -226,7 +226,7 @@ def _stores() -> str:
     from rmft_jax.data.tagged_corpus import read_corpus, write_corpus
     from rmft_jax.data.tagging import FIELDS
 
-    record = {name: np.arange(3).astype(dtype) for name, dtype in FIELDS.items()}
+    record: dict = {name: np.arange(3).astype(dtype) for name, dtype in FIELDS.items()}
     record |= {"document": np.int64(0), "duplicate": np.zeros(3, np.uint8)}
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), {"train": lambda: [record]})

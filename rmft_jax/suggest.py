@@ -190,7 +190,7 @@ def _documents(source: SourceConfig, texts: list[str]) -> int:
     if source.format not in _BORDERS or source.path.endswith((".tar", ".tgz", ".tar.gz")):
         return len(texts)
     head = first_bytes(source.path, _HEAD)
-    count = len(re.findall(_BORDERS[source.format], head, re.MULTILINE))
+    count = float(len(re.findall(_BORDERS[source.format], head, re.MULTILINE)))
     if source.format == "csv":  # texts have line breaks of their own
         count /= 1 + sum(text.count("\n") for text in texts) / len(texts)
     if len(head) == _HEAD:

@@ -19,6 +19,7 @@ BENCHES = {
     "dispatch": "many steps handed over at once, against one at a time",
     "side_by_side": "eight small models in one program, against one after the other",
     "folds": "ten autoencoders on folds in one program, against one after the other",
+    "knn": "nearest neighbours, exact and approximate, against scikit-learn and faiss-cpu",
     "detect": "finding and tagging personal data, against presidio-analyzer",
     "prepare": "finding, tokenising and ranking personal data, from text to records, against SentencePiece alone",
     "generate": "prefill and greedy decoding of a model, against transformers",

@@ -37,9 +37,9 @@ def load_captions(name: str, path: str = "", *, limit: int = 0, side: int = 32, 
 
     glyphs: `limit` records of a generated world (`glyph_world`), without a path. emoji: path is an .npz file with images,
     uint8 [N, H, W, 3], beside a file of the same name ending in _captions.jsonl, of objects with caption, tags (the
-    objects) and skin_variant (those records are left out: they are copies of others in another colour). tfds: path is
-    NAME or NAME:SPLIT of a set with captions, made `side` pixels wide and high; the words of a caption are its objects,
-    unless the set has labels of its own.
+    objects) and skin_variant (those records are left out: they are copies of others in another colour).
+    tfds: path is NAME or NAME:SPLIT of a set with captions, by its name or its folder, made `side` pixels wide and high; the
+    words of a caption are its objects, unless the set has labels of its own.
     An object stands in at least 5 records, or is none.
     Raises UserError when the name is unknown, the path cannot be read, or a package is missing.
     """
@@ -120,8 +120,8 @@ def _tfds(path: str, limit: int, side: int) -> CaptionedImages:
 
     name, _, split = path.partition(":")
     try:
-        source = tfds.data_source(name, split=split or "train")
-        features = tfds.builder(name).info.features
+        builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name)
+        source, features = builder.as_data_source(split or "train"), builder.info.features
     except Exception as error:  # TFDS raises many kinds
         raise UserError(f"TFDS has no {name} prepared ({error}): prepare it as array_record, or name another set") from None
     key = next((key for key in ("caption", "captions", "text") if key in features), None)

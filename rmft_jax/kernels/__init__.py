@@ -84,7 +84,7 @@ from rmft_jax.kernels.membership import (
     zlib_score,
 )
 from rmft_jax.kernels.memorization import Runs, example_counts, first_memorized, memorized, run_lengths, slice_counts
-from rmft_jax.kernels.neighbours import METRICS, Neighbours, nearest_neighbours
+from rmft_jax.kernels.neighbours import Neighbours, nearest_neighbours
 from rmft_jax.kernels.retrieval import (
     Datastore,
     Retrieved,
@@ -99,7 +99,7 @@ from rmft_jax.kernels.retrieval import (
 from rmft_jax.kernels.splice import Spliced, SurrogateBank, splice, splice_reference
 
 __all__ = [
-    "CrossEntropy", "Datastore", "FUSED_ATTENTION", "GOLDFISH", "InvertedFile", "METRICS", "MaskedBatch", "Neighbours",
+    "CrossEntropy", "Datastore", "FUSED_ATTENTION", "GOLDFISH", "InvertedFile", "MaskedBatch", "Neighbours",
     "PII", "POLICIES", "Retrieved", "Rule", "Runs", "SURROGATE", "Scores", "Spans", "Spliced", "SurrogateBank", "TEXT",
     "TaggedBatch", "TopTargets", "all_hit", "attention", "aucg", "average_weights", "build_inverted_file",
     "causal_attention", "causal_mask", "choose_surrogates", "clipped_softmax", "conjugate_gradients",

@@ -5,12 +5,15 @@ Source: Jayaraman et al. 2024, arXiv 2402.02103, section 3. The definitions are 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from rmft_jax.devices import by_rows, everywhere
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, write_json
 from rmft_jax.kernels import (
@@ -35,7 +38,7 @@ _AT_ONCE = 20_000  # records: their tables of objects fill memory
 
 
 class Prediction(NamedTuple):
-    """What a model predicts for records: Scores, numpy [N], and the distance of each one's nearest neighbour, float32 [N]."""
+    """What a model predicts for records: Scores, numpy [N], and distances of their nearest neighbours, float32 [N]."""
 
     scores: Scores
     distance: np.ndarray
@@ -51,20 +54,27 @@ def predict(
       model is a text encoder. objects: bool [N, C]; public_objects: bool [P, C].
     clusters: 0 for exact search; else the search is approximate, with `probes` cells visited.
     """
-    public, public_objects = jax.device_put((np.asarray(public, np.float32), np.asarray(public_objects, bool)))
+    public, public_objects = jax.device_put(
+        (np.asarray(public, np.float32), np.asarray(public_objects, bool)), everywhere()
+    )
     if clusters:
-        file = build_inverted_file(public, clusters=clusters, metric="cosine")
-        search = lambda part: search_inverted_file(file, part, k, probes=probes, metric="cosine")  # noqa: E731
-    else:
-        search = lambda part: nearest_neighbours(part, public, k, metric="cosine")  # noqa: E731
-    found = []
+        public = build_inverted_file(public, clusters=clusters, metric="cosine")
+    search, found = _search(k, probes if clusters else 0), []
     for begin in range(0, len(queries), _AT_ONCE):
         part = slice(begin, begin + _AT_ONCE)
-        near = search(np.asarray(queries[part], np.float32))
+        near = search(np.asarray(queries[part], np.float32), public)
         scores = object_scores(np.asarray(objects[part], bool), neighbour_objects(public_objects, near.indices))
         found.append(jax.device_get((scores, near.distances[:, 0])))
     scores, distances = zip(*found, strict=True)
     return Prediction(Scores(*map(np.concatenate, zip(*scores, strict=True))), np.concatenate(distances))
+
+
+@functools.cache
+def _search(k: int, probes: int) -> Callable:
+    """Return the search in an inverted file or, without probes, in all keys; one program for all calls."""
+    if probes:
+        return by_rows(lambda rows, file: search_inverted_file(file, rows, k, probes=probes, metric="cosine"))
+    return by_rows(lambda rows, keys: nearest_neighbours(rows, keys, k, metric="cosine"))
 
 
 def population_gaps(target: Prediction, reference: Prediction, where: np.ndarray) -> dict[str, float]:
@@ -93,10 +103,10 @@ def gap_intervals(target: Prediction, reference: Prediction, where: np.ndarray) 
 
 
 def sample_level(target: Prediction, reference: Prediction, where: np.ndarray) -> dict[str, dict]:
-    """Return the gaps of the records that are first in each of three orders: order -> share -> precision, recall, f, records.
+    """Return the mean gaps of the records that come first: order -> share of SHARES -> precision, recall, f, records.
 
     Orders: distance (nearest neighbour first), correct (most correct predictions first), gap (the largest gap of the
-    respective score first, which needs no ground truth but takes the best of noise too).
+    respective score first, which finds the best of noise too).
     """
     a, b = target.scores, reference.scores
     count, out = int(where.sum()), {}

@@ -68,8 +68,10 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
             make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
             findings[name] = part(out / "parts" / f"{name}.json", settings, make, title)
         else:
-            lookup = dataclasses.asdict(config.study.retroprompt.text)
-            settings = to_dict(arms[name]) | {"lookup": lookup | {"arms": {}, "loss": lookup["arms"][name]["loss"]}}
+            text = config.study.retroprompt.text
+            arm = text.arms[name]
+            lookup = {"arms": {}, "loss": arm.loss, "epochs": arm.epochs or text.epochs}
+            settings = to_dict(arms[name]) | {"lookup": dataclasses.asdict(text) | lookup}
             make = lambda: train_arm(config, name, arms[name])  # noqa: B023, E731
             texts[name] = part(out / "parts" / f"text-{name}.json", settings, make, title)
         results = frame("retroprompt", command, config.study.seeds, number, len(todo)) | _results(findings, sets)
@@ -280,7 +282,7 @@ def _charts(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
 
 
 def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
-    """Return what the paper claims, means over seeds with bootstrap intervals over seeds; and how good the scores are."""
+    """Return what the paper claims, and how good the scores are: means, with bootstrap intervals over seeds or examples."""
     plain, whole, out = found["arms"][PLAIN], found["arms"]["retroprompt"], []
 
     def mean_claim(id, source, statement, expected, values, **bound):
@@ -300,6 +302,10 @@ def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
     if wrong.any(1).all() and not wrong.all(1).any():
         ratio = np.array(_memorization(plain, wrong)["values"]) / np.array(_memorization(plain, ~wrong)["values"])
         mean_claim("flipped", EXPECTED, "self-influence of wrong labels over that of right ones", 2, ratio, at_least=2)
+    if len(found["left_out"]) > 1:
+        fell = np.array(found["left_out"]["retroprompt"]) - np.array(found["left_out"][PLAIN])
+        mean_claim("fall", SOURCE, "fall of P(label) without the example, under retroprompt less under the plain prompt", 0,
+                   fell, at_most=0)  # fmt: skip
     for arm, falls in found["left_out"].items():
         falls, scores = np.array(falls), np.array(found["arms"][arm]["influence"][0])[: len(falls)]
         measured = bootstrap(lambda pick, f=falls, s=scores: rank_correlation(f[pick], s[pick]), len(falls))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 from rmft_jax.errors import UserError
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, the same command may well succeed
@@ -75,6 +76,7 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self._count > 1:
+            barrier("the first step")  # who starts later than others is not gone
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
             # JAX aborts as soon as the coordinating process is gone. Python's own handlers never run after an abort.
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
