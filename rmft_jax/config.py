@@ -825,7 +825,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs:// or s3://.
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs://.
 
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.

@@ -40,7 +40,8 @@ MINE = {"out": "runs/mine", "source": {"format": "mbox", "path": "mail.mbox"}, "
         "model": {"layers": 1, "width": 32, "heads": 2}, "training": {"batch_size": 8, "sequence_length": 64}}  # fmt: skip
 MODELLED = ["model.layers=1", "model.width=32", "model.heads=2", "checkpoint.count=2"]  # of what `rmft init` writes
 # Shell commands that are not ours: what they begin with.
-OTHERS = ("pip install", "git clone", "cd ", "python -m venv", ". .venv/bin/activate", "export ", "make ")
+OTHERS = ("pip install", "git clone", "cd ", "python -m venv", ". .venv/bin/activate", "export ", "make ",
+          "tpu_scripts/", "gcloud storage ")
 
 
 def blocks_of(page, languages):
