@@ -83,12 +83,12 @@ def search_inverted_file(
     probes: int,
     metric: str = "sqeuclidean",
     exclude: jax.Array | None = None,
-    block: int = 0,
+    block: int = 64,
 ) -> Neighbours:
     """Find the k nearest keys to each query among those in its `probes` nearest cells.
 
     queries: float [Q, D]. metric: that of the file. exclude: as `nearest_neighbours` has it. block: queries that visit a
-    cell at once, 0 = about as many as visit a cell at all. With as many probes as cells the result is exact.
+    cell at once. With as many probes as cells the result is exact.
     Raises: ValueError when probes are not in 1 ... cells, or their cells hold fewer than k keys.
     """
     cells, size, width = file.rows.shape
@@ -106,7 +106,6 @@ def search_inverted_file(
     excluded = jnp.full((count, 1), -2, jnp.int32) if exclude is None else exclude.astype(jnp.int32).reshape(count, -1)
     nearest = nearest_neighbours(queries, file.centres, probes, metric=metric, valid=file.used).indices
 
-    block = block or min(128, max(8, 1 << (count * probes // cells).bit_length()))
     plan = _plan(nearest.reshape(-1), cells, block)
 
     def visit(visitors):
