@@ -1,6 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# processes that run tests
+WORKERS ?= 2
 
 .PHONY: demo test test-slow chaos lint types docs clean
 
@@ -8,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED) types
 	$(BIN)/python -m pytest -m slow
