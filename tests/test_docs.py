@@ -1,8 +1,8 @@
 """Every code block of the README and of docs/ is run, in a folder of its own, one document after the other.
 
 Commands of `rmft` run in this process, shrunk by SMALL. A comment above a block says how else it is to be taken:
-`<!-- test: parse -->` (too long to run: options and config are checked), `<!-- test: slow -->` (left to `make test-slow`,
-as is all of HEAVY but for what comes first: there, `make test` checks options and configs only).
+`<!-- test: parse -->` (too long to run: options and config are checked, Python is compiled), `<!-- test: slow -->` (left
+to `make test-slow`, as is all of HEAVY but for what comes first: there, `make test` checks options and configs only).
 """
 
 import importlib.util
@@ -40,7 +40,8 @@ MINE = {"out": "runs/mine", "source": {"format": "mbox", "path": "mail.mbox"}, "
         "model": {"layers": 1, "width": 32, "heads": 2}, "training": {"batch_size": 8, "sequence_length": 64}}  # fmt: skip
 MODELLED = ["model.layers=1", "model.width=32", "model.heads=2", "checkpoint.count=2"]  # of what `rmft init` writes
 # Shell commands that are not ours: what they begin with.
-OTHERS = ("pip install", "git clone", "cd ", "python -m venv", ". .venv/bin/activate", "export ", "make ")
+OTHERS = ("pip install", "git clone", "cd ", "python -m venv", ". .venv/bin/activate", "export ", "make ", "tpu_scripts/",
+          "gcloud ")  # fmt: skip
 
 
 def blocks_of(page, languages):
@@ -58,6 +59,8 @@ def commands(text):
 def check_other(line):
     """Check what can be checked of a command that is not ours."""
     assert line.startswith(OTHERS), f"what is {line!r}? Run it in the test, or name it among OTHERS"
+    if line.startswith("tpu_scripts/"):
+        assert (ROOT / line.split()[0]).is_file(), line
     if line.startswith("make "):
         assert f"\n{line.split()[1]}:" in (ROOT / "Makefile").read_text(), line
     for extras in re.findall(r"rmft-jax\[([\w,]+)\]|-e '?\.\[([\w,]+)\]", line):
@@ -119,7 +122,9 @@ def test_blocks(page, whole, place, request, capsys):
         if how == "slow" and not whole:
             continue
         if language == "python":
-            exec(compile(text.replace(*SHRINK), page, "exec"), names)  # noqa: S102
+            code = compile(text.replace(*SHRINK), page, "exec")
+            if how != "parse":
+                exec(code, names)  # noqa: S102
         elif language == "yaml":
             tree = yaml.safe_load(text)
             if named := re.match(r"# (\S+\.yaml)\n", text):
