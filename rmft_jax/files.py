@@ -35,7 +35,7 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     write_chunks(path, [data], private=private)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: bool = False) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray], *, private: bool = False) -> None:
     """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only, on a disk."""
     if is_remote(path):
         with reaching(path):

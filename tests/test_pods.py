@@ -76,6 +76,17 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name, tmp_path):
     assert done.returncode == 0, done.stderr  # what is printed can be pasted
 
 
+def test_the_commands_of_the_docs_are_taken():
+    """All of the first block of docs/pods.md, in its environment, as dry runs."""
+    block = (ROOT / "docs/pods.md").read_text().split("```sh\n")[1].split("```")[0]
+    told = dict(re.findall(r"(RMFT_\w+)=(\S+)", block))
+    lines = [line.split(" #")[0].split() for line in block.splitlines() if line.startswith("tpu_scripts/")]
+    assert [words[1] for words in lines] == ["create", "setup", "launch", "watch", "logs", "sync", "delete"]
+    for script, verb, *words in lines:
+        done = call(Path(script).name, verb, "--dry-run", *words, **told)
+        assert done.returncode == 0 and "gcloud" in done.stdout, done.stderr
+
+
 REFUSED = [
     ("tpu.sh", ["fly"], "fly is no verb"),
     ("tpu.sh", ["create", "--name", "a"], "--zone is missing: give --zone VALUE, or set RMFT_ZONE"),

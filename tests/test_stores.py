@@ -1,5 +1,6 @@
 """Data and runs in an object store: gs://, played by a server on this machine."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from rmft_jax.config import to_yaml
 from rmft_jax.errors import UserError
 from rmft_jax.files import LineFile, read_json, read_lines, whole_folder, write_json
 from rmft_jax.paths import as_path, is_remote, local_copy, upload
+from rmft_jax.training.loop import train
 
 pytest.importorskip("gcsfs")
 STORE = Path(__file__).parent / "pods" / "store.py"
@@ -59,6 +61,11 @@ def test_a_store_whose_package_is_missing_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"needs the package s3fs: pip install 'rmft-jax\[s3\]'"):
         as_path("s3://bucket/x")
+
+
+def test_a_run_in_s3_is_refused_before_anything_is_done(tiny):
+    with pytest.raises(UserError, match="orbax cannot save checkpoints in s3://; train with out=gs://"):
+        train(dataclasses.replace(tiny(), out="s3://bucket/run", data="/nowhere"))
 
 
 def test_files_in_a_store(bucket):

@@ -131,8 +131,8 @@ setting() {
 shared_out() {
   local out
   out=$(setting out)
-  [[ $out == gs://* || $out == s3://* || $out == /* ]] ||
-    die "out=${out:-(not set)} is not shared by several machines: set out=gs://BUCKET/PATH, s3://BUCKET/PATH or a path that all mount"
+  [[ $out == gs://* || $out == /* ]] ||
+    die "out=${out:-(not set)} is not shared by several machines: set out=gs://BUCKET/PATH or a path that all mount"
 }
 
 # below A B: whether version A comes before B; numbers parted by points.

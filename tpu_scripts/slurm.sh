@@ -43,7 +43,7 @@ settings_are_good() {
   tasks=1
   [[ $per == node ]] || tasks=$opt_gpus
   training_is_good
-  ((opt_nodes == 1)) || [[ -n $(setting out) ]] || die "out= is missing: set it to a path that all nodes mount, gs://... or s3://..."
+  ((opt_nodes == 1)) || [[ -n $(setting out) ]] || die "out= is missing: set it to a path that all nodes mount, or gs://..."
 }
 
 # The lines of the job. After 75, 143 (rmft), 134 (JAX) and 137 (killed) the same command goes on from a checkpoint. The

@@ -48,6 +48,9 @@ def train(config: Config) -> Path:
     """
     if config.training.objective != "causal":
         raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
+    if config.out.startswith("s3://"):
+        raise UserError(f"out={config.out}: orbax cannot save checkpoints in s3://; train with out=gs://... or on a disk (a "
+                        f"mounted bucket is one); data=s3://... is fine")  # fmt: skip
     if config.training.wandb:
         load_wandb()
     run, directory = set_up(config), config.run_dir
