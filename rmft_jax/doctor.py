@@ -28,6 +28,9 @@ EXTRAS = {
     "presidio": "person names as a type of personal data",
     "studies": "studies on images",
     "dp": "DP-SGD",
+    "gcs": "data and runs in gs://",
+    "s3": "data and runs in s3://",
+    "beam": "`rmft prepare --runner beam`, in an environment of its own",
     "wandb": "metrics in Weights & Biases",
     "bench": "`rmft bench` against other libraries",
 }
