@@ -651,6 +651,7 @@ class PromptSetConfig:
     loss. k, shares: what the sweep over k and lambda takes. temperature: of P_kNN, 1 = the paper.
     damping: of the curvature in influence scores. left_out: runs without one example, for each of so many of the first
     seed, to hold influence scores against, 0 = none.
+    optional: leave the set out, and say so, where `start` or `path` is not there; else that is an error.
     """
 
     texts: str = "reviews"
@@ -684,6 +685,7 @@ class PromptSetConfig:
     temperature: float = 1.0
     damping: float = 0.01
     left_out: int = 0
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rmft_jax.progress import say
+
 SCHEMA = 1
 PACKAGE = "rmft-jax"
 # What each extra is for; its packages are those that the installed package names itself.
@@ -41,6 +43,7 @@ def diagnose() -> dict[str, Any]:
     = not installed), devices (platform, kind, count, memory_bytes of each, peak_flops or None), checks (each name, status:
     ok | missing | broken, detail, mend), and healthy, whether nothing is broken. Missing is what can be done without.
     """
+    say("doctor: trying what a run needs, a few seconds")
     requirements = _requirements()
     checks = [_try(name, check, mend) for name, (check, mend) in _TRIALS.items()]
     works = checks[0]["status"] == "ok"

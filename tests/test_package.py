@@ -3,6 +3,7 @@
 import ast
 import configparser
 import importlib
+import importlib.metadata
 import inspect
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import typer
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import rmft_jax
 from rmft_jax import cli
@@ -133,3 +136,22 @@ def test_licenses_of_all_that_is_installed_are_listed():
     wanted = re.findall(r"^([\w.-]+)(?: >=.*)?$", settings["options"]["install_requires"], re.MULTILINE)
     rows = re.findall(r"^\| ([\w.-]+) \| (.*?) \| http", (ROOT / "docs/licenses.md").read_text(), re.MULTILINE)
     assert len(wanted) > 20 and sorted(wanted) == sorted(name for name, license in rows if license)
+
+
+def test_the_tested_versions_go_together():
+    """Of each package that is here in the pinned version: what it asks of other packages holds for their pins."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    parts = [line.partition("==") for line in lines if not line.startswith("#")]
+    pins = {canonicalize_name(name): version for name, _, version in parts}
+    wrong, looked = [], 0
+    for found in importlib.metadata.distributions():
+        name = canonicalize_name(found.metadata["Name"])
+        if pins.get(name) != found.version.partition("+")[0]:
+            continue
+        looked += 1
+        for wanted in map(Requirement, found.requires or []):
+            pin = pins.get(canonicalize_name(wanted.name))
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            if pin and applies and not wanted.specifier.contains(pin, prereleases=True):
+                wrong.append(f"{name} asks for {wanted}, pinned is {pin}")
+    assert not wrong and looked > 60

@@ -274,6 +274,23 @@ def test_an_unknown_runner_is_refused(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("fault, says", [
+    (["source.format=jsonl", "source.path=none.jsonl"], "none.jsonl cannot be read"),
+    (["source.format=jsonl", "source.path={bad}"], "line 2 is not valid JSON"),
+    (["source.format=jsonl", "source.path={empty}"], "has no training documents"),
+    (["tokenizer.vocab_size=90000"], "vocab_size 90000 is more than"),
+    (["tokenizer.path={bad}"], "not a SentencePiece model"),
+])  # fmt: skip
+def test_a_fault_of_the_input_leaves_nothing_behind(tmp_path, fault, says):
+    names = {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty")}
+    names["bad"].write_bytes(b'{"text": "a"}\n{"text": \n')
+    names["empty"].write_bytes(b"")
+    config = load_config(None, [*SETTINGS, f"out={tmp_path / 'some/where'}", *(item.format(**names) for item in fault)])
+    with pytest.raises(UserError, match=says):
+        prepare(config, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl"]
+
+
 def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
     config = load_config(None, [*SETTINGS, f"out={tmp_path}", "dedup.most_tokens=1000"])
     manifest = prepare(config, workers=1)

@@ -30,7 +30,7 @@ def losses(config) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_two_processes_with_two_devices_train_as_one_with_four(tiny, tmp_path):
     """Losses, evaluation and checkpoints agree; process 0 alone reports."""
     runs = []
@@ -108,7 +108,7 @@ main()
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_process_that_hangs_is_named_by_the_other(tiny, tmp_path):
     """It is alive, and its thread says so: but it is a dispatch behind."""
     config = tiny("name=hanging", "training.steps=60", "checkpoint.count=1", "mesh.replica=2", "mesh.fsdp=2")

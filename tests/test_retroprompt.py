@@ -121,12 +121,13 @@ def test_an_example_left_out_teaches_nothing_and_is_found_by_none():
 
 
 def test_decoding_reads_the_next_token_from_what_it_is_given():
-    params = init_params(MODEL, 40, jax.random.key(0))
+    model = ModelConfig(layers=1, width=16, heads=2)
+    params = init_params(model, 40, jax.random.key(0))
     tokens, valid = jax.random.randint(jax.random.key(1), (2, 6), 1, 39), jnp.ones((2, 6), bool)
     more = {"new_tokens": 5, "end_id": 0}
-    plain = make_greedy_decoder(MODEL, **more)(params, tokens, valid)
+    plain = make_greedy_decoder(model, **more)(params, tokens, valid)
     read = lambda features, output, bias: features @ output + bias  # noqa: E731
-    decoder = make_greedy_decoder(MODEL, **more, read=read)
+    decoder = make_greedy_decoder(model, **more, read=read)
     np.testing.assert_array_equal(decoder(params, tokens, valid, jnp.zeros(40)), plain)
     np.testing.assert_array_equal(decoder(params, tokens, valid, 1e6 * jnp.eye(40)[7]), np.full((2, 5), 7))
 
@@ -209,6 +210,14 @@ def test_bad_settings_end_before_anything_is_trained(change, message, tmp_path, 
                         f"study.retroprompt.{change}", capsys=capsys)  # fmt: skip
     assert code == 2 and err.startswith("error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_optional_set_is_left_out_where_its_files_are_missing(tmp_path, capsys):
+    few = "{texts: jsonl, path: /nowhere.jsonl, optional: %s}"
+    for optional, message in (("true", "without the set a"), ("false", "cannot be read")):
+        (tmp_path / "study.yaml").write_text(f"study: {{retroprompt: {{sets: {{a: {few % optional}}}}}}}")
+        code, _, err = rmft("study", "retroprompt", tmp_path / "study.yaml", f"out={tmp_path}/out", capsys=capsys)
+        assert code == 2 and message in err and ("has neither sets nor" in err) == (optional == "true")
 
 
 @pytest.mark.slow

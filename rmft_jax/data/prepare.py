@@ -244,7 +244,7 @@ def _assemble(job: Job, shards: Sequence[Shard], read: dict, duplicates: dict) -
     for split in SPLITS:
         files = [shard for shard, said in zip(shards, records, strict=True) if said[split]["documents"]]
         for number, shard in enumerate(files):
-            os.link(record_path(job, shard.number, split), folder / file_name(split, number, len(files)))
+            _place(record_path(job, shard.number, split), folder / file_name(split, number, len(files)))
         lengths = [said[split]["documents"] for said in records if said[split]["documents"]]
         splits[split] = lengths, sum(said[split]["bytes"] for said in records)
     write_metadata(folder, splits)
@@ -296,6 +296,14 @@ def _assemble(job: Job, shards: Sequence[Shard], read: dict, duplicates: dict) -
     }
     write_json(final / "manifest.json", manifest)
     return manifest
+
+
+def _place(file: Path, name: Path) -> None:
+    """Give a file another name, or copy it where the file system knows one name alone."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _inputs(config: Config) -> list:

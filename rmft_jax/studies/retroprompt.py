@@ -22,6 +22,7 @@ from rmft_jax.files import write_json
 from rmft_jax.kernels import interpolate, knn_probabilities
 from rmft_jax.models.cloze import Cloze, Prompts, read_lower
 from rmft_jax.models.gpt import count_params, init_params
+from rmft_jax.progress import say
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, curve, frame, over_seeds, part, rank_correlation
 from rmft_jax.studies.retroprompt_text import arm_configs, text_results, train_arm
@@ -49,7 +50,7 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
     The same call goes on where an earlier one was interrupted; results.json appears after the first part.
     Raises UserError, before anything is trained, when the settings break a rule or texts cannot be read.
     """
-    sets, out = config.study.retroprompt.sets, Path(config.out)
+    sets, out = {name: one for name, one in config.study.retroprompt.sets.items() if _is_there(name, one)}, Path(config.out)
     arms = arm_configs(config)
     if not sets and not arms:
         raise UserError("study.retroprompt has neither sets nor text.arms: see configs/studies/retroprompt_cpu.yaml")
@@ -63,6 +64,7 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
         if number <= len(sets):
             chosen = sets[name]
             settings = dataclasses.asdict(chosen) | {"seeds": config.study.seeds, "seed": config.seed}
+            settings.pop("optional")
             if not chosen.start:
                 settings |= {key: to_dict(config)[key] for key in ("model", "training", "tokenizer")}
             make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
@@ -81,6 +83,15 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
             results["findings"] = findings | {"text": texts}
         write_json(out / "results.json", results)
     return results
+
+
+def _is_there(name: str, settings: PromptSetConfig) -> bool:
+    """Return whether a set can be run; of one that is optional, say which file it lacks."""
+    missing = [path for path in (settings.start, settings.path) if path and not Path(path).exists()]
+    if not settings.optional or not missing:
+        return True
+    say(f"study retroprompt: without the set {name}, as {missing[0]} is not there")
+    return False
 
 
 def _check(name: str, settings: PromptSetConfig, config: Config) -> None:

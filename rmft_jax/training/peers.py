@@ -66,7 +66,7 @@ class Peers:
 
     def __init__(self, timeout: float):
         self._timeout, self._dispatches = timeout, 0
-        self._ended = threading.Event()
+        self._ended, self._ending = threading.Event(), threading.Lock()
         self._me, self._count = jax.process_index(), jax.process_count()
         self._seen: dict[int, tuple[str, float]] = {}  # sign of life, and when it last changed
         self._behind: dict[int, float] = {}  # since when
@@ -155,6 +155,7 @@ class Peers:
         self._end(process, "has left the run")
 
     def _end(self, process: int, why: str) -> None:
+        self._ending.acquire()  # for good: who comes second waits for the end
         if self._ended.is_set():
             return
         host = f" on {self._hosts[process]}" if process in self._hosts else ""
@@ -164,4 +165,6 @@ class Peers:
             file=sys.stderr,
             flush=True,
         )
+        if self._me == 0 and process:
+            time.sleep(self._timeout / 2)  # the others look for signs at process 0: without it they would name that one
         os._exit(EXIT_CODE)
