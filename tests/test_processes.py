@@ -183,7 +183,7 @@ def test_four_processes_train_as_one_also_when_one_of_them_is_lost(tiny, tmp_pat
     settings, alone = quartet
     config = tiny(f"name=quartet_{launch.__name__}", *settings)
     (path := tmp_path / "config.yaml").write_text(to_yaml(config))
-    job = {"RMFT_PEER_TIMEOUT": "5", **kept_programs(tmp_path)}
+    job = {"RMFT_PEER_TIMEOUT": "15", **kept_programs(tmp_path)}
     port = 61440 + os.getpid() % 4096
     processes = [launch(path, number, port, job) for number in range(4)]
     while not newest_step(config) and all(process.poll() is None for process in processes):
