@@ -1,6 +1,7 @@
 """The data set that `prepare` writes: the same on any number of cores, by Beam, and however often it was interrupted."""
 
 import dataclasses
+import json
 import operator
 import os
 import random
@@ -18,13 +19,19 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from rmft_jax.config import SourceConfig, load_config, to_yaml
-from rmft_jax.data.pool import run_in_order
-from rmft_jax.data.prepare import load_prepared, prepare
+from rmft_jax.data.corpus_values import corpus_values
+from rmft_jax.data.pool import peak_memory, run_in_order
+from rmft_jax.data.prepare import load_prepared, number_shards, prepare
+from rmft_jax.data.ranks import rank_shards
+from rmft_jax.data.shards import Shard
 from rmft_jax.data.sources import read_documents
 from rmft_jax.data.tagged_corpus import read_corpus, serialize
+from rmft_jax.data.tagged_shards import Job
 from rmft_jax.data.tagging import Identities
 from rmft_jax.data.work import work_folder
 from rmft_jax.errors import UserError
+from rmft_jax.files import write_arrays
+from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
 from rmft_jax.pii.values import keyed_hash
 
@@ -299,3 +306,41 @@ def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
     load_prepared(config)
     with pytest.raises(UserError, match="larger dedup.most_tokens"):
         load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))
+
+
+def rank_a_large_corpus(folder, shards, new=4000, shared=6000):
+    """Do what the main process does on tables of made-up values; print its peak of memory in MiB."""
+    config = load_config(None, [f"out={folder}"])
+    job, rng, values = Job(folder, config), np.random.default_rng(0), new + shared
+    pool = rng.integers(0, 2**63, (10 * shared, 2)).astype(np.uint64)
+    kinds = Detector(config.pii).kinds.names
+    numbers = [Shard(number, np.arange(10), np.zeros(0, np.int64)) for number in range(shards)]
+    for shard in numbers:
+        known = pool[rng.choice(len(pool), shared, replace=False)]
+        digests = np.concatenate([known, rng.integers(0, 2**63, (new, 2)).astype(np.uint64)])
+        text = "\0".join(f"w{digest % 100_000}\0.\0stone\0@\0alder\0.\0com" for digest in digests[:, 0].tolist())
+        write_arrays(job.tagged(shard), {
+            "value_hash": digests, "value_count": rng.integers(1, 9, values), "value_parts": np.full(values, 7),
+            "part_kind": np.tile([2, 0, 3, 0, 4, 0, 5], values), "part_text": np.frombuffer(text.encode(), np.uint8),
+            "part_value": rng.integers(-(2**31), 2**31, 7 * values).astype(np.int32),
+            "canary_place": np.zeros(0, np.int64), "pieces": np.zeros(0, np.int64), "text_bytes": np.int64(1),
+            "kinds": np.frombuffer(json.dumps(kinds).encode(), np.uint8), "train_kinds": np.int64(len(kinds)),
+            "train_document_spans": np.full(10, 4000), "train_document_tokens": np.full(10, 300_000),
+        }, compress=False)  # fmt: skip
+    rank_shards(job, numbers, 2)
+    number_shards(job, numbers)
+    found = corpus_values(job, numbers)
+    build_bank(lambda texts: [[1]] * len(texts), found.sample, found.detector, rows=4096, seed=0,
+               also=sorted(found.stocked), real=found.real)  # fmt: skip
+    print(f"{len(found.hashes)} {peak_memory()[0]:.0f}")
+
+
+@pytest.mark.parametrize("shards, most", [(8, 900), pytest.param(600, 2000, marks=pytest.mark.slow)])
+def test_tables_of_a_large_corpus_fit_in_memory(tmp_path, shards, most):
+    program = f"import sys, pathlib; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_prepare; "
+    program += f"test_prepare.rank_a_large_corpus(pathlib.Path({str(tmp_path / 'job')!r}), {shards})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    identities, peak = map(int, done.stdout.split())
+    print(f"{shards} shards, {identities:,} values: {peak} MiB")
+    assert identities > 4000 * shards and peak < most

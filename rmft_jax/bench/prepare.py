@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import statistics
 import tempfile
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from rmft_jax.bench import environment
 from rmft_jax.config import Config
-from rmft_jax.data.pool import cores, run_in_order, run_shards
+from rmft_jax.data.pool import cores, peak_memory, run_in_order, run_shards
 from rmft_jax.data.prepare import begin, number_shards, prepare, tag_and_rank
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, texts_of
@@ -55,7 +54,7 @@ def run(config: Config, peer: str = "", *, rounds: int = 5) -> dict:
         tokens = sum(counts)
         seconds, _ = _timed(lambda: prepare(config, workers=workers))
     runs = [(tokens / ours, tokens / theirs) for ours, theirs in pairs[1:]]
-    main, worker = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    main, worker = peak_memory()
     return {
         "name": "prepare",
         **environment("sentencepiece", "duckdb", "array-record"),

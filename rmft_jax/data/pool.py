@@ -10,6 +10,7 @@ import concurrent.futures
 import gc
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +30,12 @@ Work = Callable[[Job, Shard], None]
 def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory() -> tuple[float, float]:
+    """Return the most memory that this process had, and the largest of the processes that it has ended, in MiB."""
+    kib = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return tuple(resource.getrusage(who).ru_maxrss * kib / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def run_shards(

@@ -23,7 +23,7 @@ from rmft_jax.data.canaries import SPACE_BITS, make_canaries
 from rmft_jax.data.corpus_values import corpus_values
 from rmft_jax.data.duplicates import flag_duplicates
 from rmft_jax.data.pieces import longest_pieces
-from rmft_jax.data.pool import cores, run_shards
+from rmft_jax.data.pool import cores, peak_memory, run_shards
 from rmft_jax.data.ranks import rank_shards
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, plan_shards, read_shards, texts_of
@@ -100,6 +100,8 @@ def prepare(config: Config, *, workers: int = 0, runner: str = "local", beam_opt
     with work_folder(directory, [SCHEMA, VERSION, _settings(config)], _inputs(config)) as folder:
         manifest = _prepare_in(Job(folder, config), workers or cores(), runner, beam_options)
         (folder / "final").rename(directory)
+        main, worker = peak_memory()
+        say(f"prepare: memory at most {main:,.0f} MiB" + (f", {worker:,.0f} MiB in a worker" if worker else ""))
         return manifest
 
 

@@ -33,6 +33,7 @@ def rank_shards(job: Job, shards: Sequence[Shard], threads: int) -> None:
         path.unlink(missing_ok=True)  # of a call that was cut off
     settings = {"memory_limit": _MEMORY, "threads": threads, "temp_directory": str(job.folder / "spilled")}
     with duckdb.connect(str(database), config=settings) as table:
+        table.execute("set enable_progress_bar = false")  # it is drawn on stdout, where results go
         table.execute('create table found (shard integer, place integer, a ubigint, b ubigint, "count" bigint)')
         for shard in shards:
             found = read_tagged(job, shard)
