@@ -79,9 +79,13 @@ def train_prompts(
     for epoch in track(range(config.epochs), title, config.epochs):
         order = group.own(epoch_orders(rows, epoch, shots.seed, min(config.batch_size, size)))
         state, losses = program(state, (own, order), shared)
-        jax.block_until_ready(losses)  # XLA on CPU can wait for itself with many programs in flight on several devices
-    _, found = group.compile(questions)(state, own, shared)
-    return Answers(*jax.device_get(found))
+        jax.block_until_ready(losses)
+    # One member at a time, on one device: the Jacobian of influence scores is large, and side by side on several CPU devices
+    # this program has made XLA wait for itself for good.
+    ask, end = jax.jit(questions), jax.device_get(state["params"])
+    members = (jax.tree.map(lambda x, n=n: np.asarray(x)[n], (end, shots)) for n in range(count))
+    found = [jax.device_get(ask(*member, (params, test))) for member in track(members, f"{title}: scores", count)]
+    return Answers(*map(np.stack, zip(*found, strict=True)))
 
 
 def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], demonstrations: bool):
@@ -130,8 +134,8 @@ def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], d
 
         return jax.lax.scan(step, state, order)
 
-    def questions(state, shots, shared):
-        params, (_, test) = shared[0] | state["params"], shared
+    def questions(trainable, shots, shared):
+        params, test = shared[0] | trainable, shared[1]
         store, every = store_of(params, shots), jnp.arange(len(shots.labels))
 
         def of_batch(prompts):
@@ -144,7 +148,7 @@ def _programs(config: PromptSetConfig, cloze: Cloze, trained: tuple[str, ...], d
         said = jax.lax.map(alone, test, batch_size=64)
         logits = logits_of(params, store, shots.prompts, store.keys, every)
         likely = jnp.take_along_axis(jax.nn.softmax(logits), shots.labels[:, None], axis=1)[:, 0]
-        return state, (*said, likely, influence(state["params"], shared[0], store, shots))
+        return *said, likely, influence(trainable, shared[0], store, shots)
 
     def influence(trainable, frozen, store, shots):
         """Return the self-influence of each example under the weighted loss that was trained, the datastore as it is."""
