@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow chaos lint clean
+.PHONY: demo test test-slow chaos lint types docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
@@ -10,15 +10,23 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) types
 	$(BIN)/python -m pytest -m slow
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -s tests/test_chaos.py
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check rmft_jax tests
+	$(BIN)/ruff check rmft_jax tests docs
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/shellcheck --external-sources tpu_scripts/*.sh tests/pods/*.sh
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+# docs/reference, from docstrings and the command line.
+docs: $(INSTALLED)
+	$(BIN)/python docs/make_reference.py
 
 # Installs once: again only after the package's metadata or the tested versions have changed.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt

@@ -17,8 +17,11 @@ from rmft_jax.paths import as_path
 
 app = typer.Typer(
     help="Train GPTs on text full of personal data without memorizing it, and measure what they memorized.\n\n"
-    "The main job: prepare -> train (once as baseline, once with masking) -> audit -> compare -> report.\n\n"
-    "`rmft demo` does all of it on a bundled corpus. Any setting can follow a command as key.path=value.",
+    "Start: `rmft doctor` says what works here; `rmft demo` does the whole job on a bundled corpus; `rmft init DATA` "
+    "writes a config for your own text.\n\n"
+    "The main job: prepare -> train (once with masking.policy=none, once without) -> audit -> compare -> report.\n\n"
+    "Any setting can follow a command as key.path=value. Results go to stdout (--json for programs), progress to stderr. "
+    "Tab completes: rmft --install-completion.",
     add_completion=True,
     pretty_exceptions_enable=False,
 )
@@ -108,6 +111,9 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="How many devices.")] = 1,
     hbm: Annotated[str, typer.Option(help="Memory of each device, such as 80GB, 80GiB or 16e9 [default: no limit].")] = "",
     compile: Annotated[bool, typer.Option("--compile", help="Compile the step too, for as many fake CPU devices.")] = False,
+    chip: Annotated[str, typer.Option(help="v5e, v5p, v6e or h100: the least time of a step, and whether it fits.")] = "",
+    topology: Annotated[str, typer.Option(help="Of a slice, such as 16x16: compile by libtpu, without a TPU.")] = "",
+    scaling: Annotated[str, typer.Option(help="weak or strong: a table of twice as many chips again and again.")] = "",
     as_json: Json = False,
 ) -> None:
     """Say what a run takes of each device, and whether it fits, before there is any; exit code 2 where it does not."""
@@ -116,18 +122,24 @@ def plan(
     settings = load_config(config, overrides or [])
     from rmft_jax.devices import fake_devices
     from rmft_jax.training.memory import parse_bytes
-    from rmft_jax.training.plan import describe, plan
+    from rmft_jax.training.plan import describe, describe_scaling, plan, scaling_table
 
     limit = parse_bytes(hbm) if hbm else None
     fake_devices(devices if compile else 1)
-    result = plan(settings, devices=devices, limit=limit, compile=compile)
+    if scaling not in ("", "weak", "strong") or (scaling and not chip):
+        raise UserError(f"--scaling is {scaling!r}: write weak or strong, and a --chip")
+    if scaling:
+        rows = scaling_table(settings, chip, most=devices, weak=scaling == "weak")
+        print(json.dumps(rows) if as_json else describe_scaling(rows))
+        return
+    result = plan(settings, devices=devices, limit=limit, compile=compile, chip=chip, topology=topology)
     print(json.dumps(result) if as_json else describe(result))
     if result["error"]:
         raise UserError(result["error"])
 
 
 @app.command()
-def train(config: ConfigPath, overrides: Overrides = None) -> None:
+def train(config: ConfigPath, overrides: Overrides = None, as_json: Json = False) -> None:
     """Train one model on prepared data; prints the run's directory."""
     from rmft_jax.config import load_config
 
@@ -140,7 +152,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
     join_processes()
     directory = train(settings)
     if is_main():
-        print(directory)
+        print(json.dumps({"run": str(directory)}) if as_json else directory)
 
 
 @app.command()
@@ -289,6 +301,7 @@ def demo(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option(help="Another config [default: the bundled corpus].")] = None,
     out: Annotated[str, typer.Option(help="Output directory.")] = "runs/demo",
+    as_json: Json = False,
 ) -> None:
     """Do the main job: prepare, train baseline, dedup and RMFT, audit, compare, report."""
     from rmft_jax.config import load_config
@@ -299,6 +312,9 @@ def demo(
 
     use_cores(settings)
     results, path = demo(settings)
+    if as_json:
+        print(json.dumps(results))
+        return
     _print_table(results)
     print(f"report: {path}")
 

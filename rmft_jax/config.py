@@ -325,6 +325,8 @@ class TrainingConfig:
     accumulation: microbatches that the batch is cut into, one after the other through the model, to save memory.
     loss_chunk: tokens of a device whose logits are held at once, 0 = all. z_loss: weight of log(Z)^2 in the loss, where Z is
     the sum of exp(logits).
+    packing: concatenate (documents one after the other, cut into rows of one length, as the RMFT paper did) | best_fit (rows
+    that hold documents whole but for those longer than a row, with padding; of the training data).
     remat: what the backward pass computes again instead of keeping it. none | full (all inside a block) | dots (all but
     matrix products).
     optimizer: adamw | adafactor (Shazeer & Stern 2018) | lion (Chen et al. 2023) | muon (Jordan et al. 2024, on the matrices
@@ -334,6 +336,7 @@ class TrainingConfig:
     loss or gradient is not finite.
     attention: auto (fused where that can serve) | xla | triton (on GPU) | splash (on TPU), see kernels.fused_attention.
     steps_per_dispatch: steps that the host hands over at once, for models so small that handing over takes longer.
+    wandb: a project of Weights & Biases that gets the scalars of TensorBoard too (extra [wandb]), "" = none.
     profile_at: step from which 5 dispatches are traced into the run's directory `profile`, 0 = none.
     objective: causal | masked (each token is hidden with probability `mask_share` and guessed from all others of its
     document; Devlin et al. 2019, without replacements other than the mask; for `rmft study scaling` alone).
@@ -341,6 +344,7 @@ class TrainingConfig:
 
     batch_size: int = 16
     accumulation: int = 1
+    packing: str = "concatenate"
     sequence_length: int = 128
     epochs: float = 6.0
     steps: int = 0
@@ -366,6 +370,7 @@ class TrainingConfig:
     steps_per_dispatch: int = 1
     profile_at: int = 0
     log_every: int = 20
+    wandb: str = ""
     objective: str = "causal"
     mask_share: float = 0.15
 
@@ -646,6 +651,7 @@ class PromptSetConfig:
     loss. k, shares: what the sweep over k and lambda takes. temperature: of P_kNN, 1 = the paper.
     damping: of the curvature in influence scores. left_out: runs without one example, for each of so many of the first
     seed, to hold influence scores against, 0 = none.
+    optional: leave the set out, and say so, where `start` or `path` is not there; else that is an error.
     """
 
     texts: str = "reviews"
@@ -679,6 +685,7 @@ class PromptSetConfig:
     temperature: float = 1.0
     damping: float = 0.01
     left_out: int = 0
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -688,10 +695,13 @@ class LookupArmConfig:
     vary: what it changes in the config, such as {masking: {policy: keep_first}}; the store holds the true text all the same.
     loss: plain | guided (each token weighed by 1 + beta F) | mixed (-log of the mixture of neighbours and weights, so that
     these learn what the store does not know). The neighbours of a token are those in other documents.
+    epochs: passes over the text, 0 = as many as the others take. (Fewer under the plain loss are the control: a model that
+    knows less gives away less.)
     """
 
     vary: dict[str, typing.Any] = field(default_factory=dict)
     loss: str = "plain"
+    epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -800,7 +810,7 @@ class StudyConfig:
     budgets: epochs (all methods take as many epochs, as the RMFT paper did) | updates (methods whose data are smaller are
     trained a second time, for as many updates as the baseline).
     pretrain: what to change to get the run that all start from, such as {source: {path: general.txt}}; {} = none.
-    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take, in the place of methods,
+    scaling, early_learning, m_score, deja_vu, retroprompt: what the studies of that name take in the place of methods,
     budgets and pretrain.
     """
 
@@ -817,7 +827,7 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs:// or s3://.
+    """One experiment. `out` holds the prepared data (`out/data`) and the runs (`out/runs/NAME`); it may be gs://.
 
     seed: of the initial parameters, the order of the data, the surrogates and the attack's prompts; the data themselves
     depend on source.seed.
@@ -905,6 +915,7 @@ _CHOICES = {
     "model.activation": ("swiglu", "gelu", "gelu_new"),
     "training.optimizer": ("adamw", "adafactor", "lion", "muon"),
     "training.schedule": ("linear", "cosine", "wsd"),
+    "training.packing": ("concatenate", "best_fit"),
     "training.objective": ("causal", "masked"),
     "training.dtype": ("float32", "bfloat16"),
     "training.remat": ("none", "full", "dots"),
@@ -1261,7 +1272,8 @@ def _build(cls: type, tree: typing.Any, prefix: str, where: str) -> typing.Any:
             items = value or []
             if not isinstance(items, (list, tuple)):
                 raise UserError(f"{prefix}{key} in {where} is {value!r}: it must be a list of sections")
-            values[key] = tuple(_build(item, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
+            cls_of = typing.cast(type, item)
+            values[key] = tuple(_build(cls_of, one, f"{prefix}{key}.{n}.", where) for n, one in enumerate(items))
         else:
             values[key] = _convert(value, types[key], prefix + key, where)
     return cls(**values)
@@ -1311,8 +1323,7 @@ def _convert(value: typing.Any, kind: typing.Any, key: str, where: str) -> typin
         if all(isinstance(item, item_kind) and not isinstance(item, bool) for item in items):
             return tuple(items)
         what = {str: "strings, such as [a, b]", int: "whole numbers, such as [1, 2]", float: "numbers, such as [0.5, 1]"}
-        what = what[item_kind]
-        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what}")
+        raise UserError(f"{key} in {where} is {value!r}: it must be a list of {what[item_kind]}")
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def fake_devices(count: int) -> list[jax.Device]:
 
     It must be called before JAX touches a device, unless there are as many already. Raises UserError if there are not.
     """
+    if count > 1:  # XLA 0.10.2 for CPU aborts when it widens some sums of bfloat16; what is only compiled needs none of that
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_disable_hlo_passes=all-reduce-promotion".strip()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started
             jax.config.update("jax_num_cpu_devices", count)
@@ -71,6 +75,27 @@ def fake_devices(count: int) -> list[jax.Device]:
             f"xla_force_host_platform_device_count in XLA_FLAGS"
         )
     return found[:count]
+
+
+def tpu_devices(chip: str, topology: str, slices: int = 1) -> list[jax.Device]:
+    """Return the devices of TPU slices that are not there: enough to compile for them.
+
+    Raises UserError when libtpu is missing, or there is no such slice.
+    """
+    if not re.fullmatch(r"\d+(x\d+)+", topology) or chip not in ("v5e", "v5p", "v6e"):
+        raise UserError(f"topology {topology} of chip {chip or '(none)'}: write 16x16 of v5e or v6e, 8x8x8 of v5p")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from jax.experimental import topologies
+
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{topology}", **several).devices)
+    except Exception as error:
+        why = str(error).splitlines()[0][:200] or type(error).__name__
+        raise UserError(f"cannot compile for {chip} {topology} ({why}): pip install 'rmft-jax[tpu]', or name a slice "
+                        f"that exists") from None  # fmt: skip
 
 
 def device_memory() -> int:
@@ -104,7 +129,7 @@ def keep_programs() -> None:
 
     In JAX_COMPILATION_CACHE_DIR if set, else in the user's cache directory.
     """
-    if jax.default_backend() != "cpu" and not jax.config.jax_compilation_cache_dir:
+    if jax.default_backend() != "cpu" and not getattr(jax.config, "jax_compilation_cache_dir", None):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "rmft_jax" / "programs"))
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rmft_jax.progress import say
+
 SCHEMA = 1
 PACKAGE = "rmft-jax"
 # What each extra is for; its packages are those that the installed package names itself.
@@ -41,6 +43,7 @@ def diagnose() -> dict[str, Any]:
     = not installed), devices (platform, kind, count, memory_bytes of each, peak_flops or None), checks (each name, status:
     ok | missing | broken, detail, mend), and healthy, whether nothing is broken. Missing is what can be done without.
     """
+    say("doctor: trying what a run needs, a few seconds")
     requirements = _requirements()
     checks = [_try(name, check, mend) for name, (check, mend) in _TRIALS.items()]
     works = checks[0]["status"] == "ok"
@@ -226,7 +229,7 @@ def _stores() -> str:
     from rmft_jax.data.tagged_corpus import read_corpus, write_corpus
     from rmft_jax.data.tagging import FIELDS
 
-    record = {name: np.arange(3).astype(dtype) for name, dtype in FIELDS.items()}
+    record: dict = {name: np.arange(3).astype(dtype) for name, dtype in FIELDS.items()}
     record |= {"document": np.int64(0), "duplicate": np.zeros(3, np.uint8)}
     with tempfile.TemporaryDirectory() as folder:
         write_corpus(Path(folder), {"train": lambda: [record]})

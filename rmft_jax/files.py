@@ -35,7 +35,7 @@ def write_bytes(path: Path, data: bytes, *, private: bool = False) -> None:
     write_chunks(path, [data], private=private)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: bool = False) -> None:
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview | np.ndarray], *, private: bool = False) -> None:
     """Write a file atomically, one piece of its bytes after the other. private: readable by its owner only, on a disk."""
     if is_remote(path):
         with reaching(path):
@@ -49,7 +49,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes | np.ndarray], *, private: b
     try:
         with os.fdopen(handle, "wb") as file:
             for chunk in chunks:
-                file.write(chunk)
+                file.write(chunk)  # type: ignore[arg-type]  # arrays are buffers, which their stubs do not say
         if not private:
             umask = os.umask(0)
             os.umask(umask)
@@ -153,7 +153,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], *, private: bool = F
     import numpy as np
 
     buffer = io.BytesIO()
-    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    save = np.savez_compressed if compress else np.savez
+    save(buffer, **arrays)  # type: ignore[arg-type]  # it takes arrays by any name
     write_chunks(path, [buffer.getbuffer()], private=private)
 
 

@@ -52,7 +52,8 @@ def track(
     if sys.stderr.isatty():
         yield from _bar(items, what, total, done, status, size)
         return
-    begin = last = time.monotonic()
+    last = time.monotonic()
+    first: tuple[float, int] | None = None  # when the first item was done, which takes longer: programs are compiled in it
     count = done
     for item in items:
         yield item
@@ -60,9 +61,10 @@ def track(
         now = time.monotonic()
         if now - last >= 10:
             last = now
-            left = (now - begin) / (count - done) * (total - count)
-            parts = (f"{what}: {count}/{total} ({100 * count // max(total, 1)}%)", status(), f"{left:.0f} s left")
+            left = f"{(now - first[0]) / (count - first[1]) * (total - count):.0f} s left" if first else ""
+            parts = (f"{what}: {count}/{total} ({100 * count // max(total, 1)}%)", status(), left)
             say(", ".join(part for part in parts if part))
+        first = first or (now, count)
 
 
 def _bar(items, what: str, total: int, done: int, status: Callable[[], str], size: Callable) -> Iterator:

@@ -18,6 +18,7 @@ from rmft_jax.data.sources import first_bytes, first_rows, read_documents
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_text
 from rmft_jax.pii.detector import Detector
+from rmft_jax.progress import say
 
 SCHEMA = 1
 SAMPLE = 5000  # documents
@@ -46,10 +47,13 @@ def suggest_config(data: str, *, minutes: float = 15.0, out: str = "", name: str
     Raises UserError for data that cannot be read, or hold no text.
     """
     source = find_source(data)
+    say(f"init: reading the first documents of {data}, {SAMPLE:,} at most")
     texts = _sample(source)
     characters = sum(map(len, texts))
     total = _documents(source, texts)
+    say(f"init: looking for personal data in {len(texts):,} documents")
     pii = count_pii(texts)
+    say("init: how fast is this machine")
     machine = _machine()
     speed = speed or machine["flops"]
     plan = _fit(texts, total, speed * 60 * minutes, on_cpu=machine["platform"] == "cpu")
@@ -109,8 +113,8 @@ def find_source(data: str) -> SourceConfig:
     if not path.exists():
         raise UserError(f"{data} does not exist: name a file or a folder with your text")
     if path.is_dir():
-        if any(path.glob("dataset_info.json")) or any(path.glob("*/dataset_info.json")):
-            return SourceConfig(format="tfds", path=data)
+        if found := sorted([*path.glob("dataset_info.json"), *path.glob("*/dataset_info.json")]):
+            return SourceConfig(format="tfds", path=str(found[-1].parent))  # of several versions the last
         return SourceConfig(format="maildir", path=data)
     if re.search(r"\.(tar|tgz|tar\.\w+)$", path.name):
         return SourceConfig(format="maildir", path=data)
@@ -124,6 +128,8 @@ def find_source(data: str) -> SourceConfig:
         return _with_field(data, "parquet")
     if head.lstrip().startswith(b"{"):
         return _with_field(data, "jsonl")
+    if head.lstrip().startswith(b"[") and ".json" in path.suffixes:
+        raise UserError(f"{data} is one JSON array: write an object a line, for instance by jq -c '.[]', and name it .jsonl")
     if head.startswith(b"From "):
         return SourceConfig(format="mbox", path=data)
     if re.search(r"\.csv(\.gz|\.zst)?$", path.name):
@@ -190,7 +196,7 @@ def _documents(source: SourceConfig, texts: list[str]) -> int:
     if source.format not in _BORDERS or source.path.endswith((".tar", ".tgz", ".tar.gz")):
         return len(texts)
     head = first_bytes(source.path, _HEAD)
-    count = len(re.findall(_BORDERS[source.format], head, re.MULTILINE))
+    count = float(len(re.findall(_BORDERS[source.format], head, re.MULTILINE)))
     if source.format == "csv":  # texts have line breaks of their own
         count /= 1 + sum(text.count("\n") for text in texts) / len(texts)
     if len(head) == _HEAD:

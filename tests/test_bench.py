@@ -78,6 +78,17 @@ def test_dispatch_and_side_by_side_measure_both_ways():
         assert result["parameters"] == 400 * 16 + 16 + 2 * 16 + 16 * 48 + 16 * 16 + 3 * 16 * 48
 
 
+def test_bench_prepare_encodes_the_same_text_as_its_peer():
+    from rmft_jax.bench import prepare
+
+    result = prepare.run(load_config(None, ["source.limit=60", "tokenizer.vocab_size=400"]), rounds=2)
+    assert len(result["runs"]) == 2 and all(ours > 0 < theirs for ours, theirs in result["runs"])
+    assert result["shape"]["documents"] == 60 and result["shape"]["tokens"] > result["shape"]["characters"] / 8
+    assert result["rss_mib"]["all"] >= result["rss_mib"]["main"] > 50 and result["whole_seconds"] > 0
+    with pytest.raises(UserError, match="no peer"):
+        prepare.run(load_config(), "spacy")
+
+
 def test_unknown_benchmarks_and_peers_are_refused():
     with pytest.raises(UserError, match="unknown benchmark 'speed': choose one of masking, tracker, dispatch"):
         run_bench("speed", load_config())

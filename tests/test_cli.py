@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 from importlib import resources
-from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from leaks import assert_nothing_leaks, personal_data
 
 from rmft_jax import cli
-from rmft_jax.data.sources import read_documents
-from rmft_jax.pii.detector import detect
 
 SETTINGS = [
     "source.limit=150", "tokenizer.vocab_size=800", "model.layers=2", "model.width=48", "model.heads=2",
@@ -109,28 +107,9 @@ def test_a_second_demo_repeats_nothing_and_every_command_agrees(demo, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("metrics.jsonl")}
 
 
-def corpus_values(out):
-    """Return every address of the corpus, training and held-out."""
-    from rmft_jax.config import load_config
-
-    config = load_config(out / "runs/rmft/config.yaml")
-    documents = read_documents(config.source)
-    texts = documents.train + documents.heldout
-    values = {span.value for text in texts for span in detect(text)}
-    spellings = {text[span.start : span.end] for text in texts for span in detect(text)}
-    assert len(values) > 100
-    return values, spellings
-
-
-def test_no_address_of_the_corpus_is_written_anywhere(demo):
+def test_no_personal_data_of_the_corpus_are_written_anywhere(demo):
     out, done = demo
-    values, spellings = corpus_values(out)
-    written = {path: path.read_bytes().lower() for path in sorted(out.rglob("*")) if path.is_file()}
-    written |= {Path("stdout"): done.stdout.lower().encode(), Path("stderr"): done.stderr.lower().encode()}
-    assert len(written) > 30
-    for path, content in written.items():
-        for value in values | {spelling.lower() for spelling in spellings}:
-            assert value.encode() not in content, path
+    assert_nothing_leaks(out, out / "runs/rmft", stdout=done.stdout, stderr=done.stderr)
 
 
 def test_reveal_writes_the_addresses(demo, capsys, tmp_path):
@@ -144,9 +123,9 @@ def test_reveal_writes_the_addresses(demo, capsys, tmp_path):
         (run / "audit.json").write_bytes(kept)
     assert code == 0 and revealed["revealed"] is True
     leaks = [record for checkpoint in revealed["checkpoints"] for record in checkpoint["leaks"]["discoverable"]]
-    values, _ = corpus_values(out)
+    values = personal_data(out / "runs/rmft")
     assert leaks and all("@" in record["value"] for record in leaks)
-    assert all(record["value"] in values for record in leaks if record["identity"] is not None)
+    assert all(record["value"].encode() in values for record in leaks if record["identity"] is not None)
 
 
 def test_moved_data_are_found(demo, tmp_path, capsys):

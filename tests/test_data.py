@@ -11,7 +11,9 @@ from documents import blocks_of, check_round_trip, random_texts, tagged
 
 from rmft_jax.config import SourceConfig, load_config
 from rmft_jax.data import loader
+from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.loader import batches, sequential_batches
+from rmft_jax.data.packing import best_fit
 from rmft_jax.data.prepare import load_prepared, prepare
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.sources import read_documents
@@ -94,6 +96,43 @@ def test_loader_is_a_permutation_each_epoch_split_without_loss_and_resumable(pre
         parts = [rows(start=5, steps=left, process=host, processes=hosts) for host in range(hosts)]
         for step in range(left):
             assert sorted(row for part in parts for row in part[step]) == sorted(whole[5 + step])
+
+
+@pytest.mark.parametrize("stride", [9, 30, 200])
+def test_best_fit_keeps_short_documents_whole_and_every_token_a_target_once(prepared, stride):
+    records = tagged(random_texts(300, seed=8), prepared.tokenizer)[2]
+    lengths = np.array([len(record["tokens"]) for record in records])
+    order, edges = best_fit(lengths, stride)
+    blocks = Blocks(Corpus([records[number] for number in order]), stride=stride, edges=edges)
+    targets, rows_of = {number: [] for number in range(len(records))}, {number: set() for number in range(len(records))}
+    filled = rows = 0
+    for index in range(len(blocks)):
+        row, owner = blocks[index], blocks.documents(index)
+        is_target = np.asarray(target_mask(row["segment_ids"][None]))[0]
+        for token, document in zip(row["tokens"][1:][is_target], owner[1:][is_target], strict=True):
+            targets[document].append(token)
+            rows_of[document].add(index)
+        assert (owner >= 0).sum() == (row["segment_ids"] > 0).sum() > 1
+        filled, rows = filled + (owner >= 0).sum(), rows + 1
+    for number, record in enumerate(records):
+        assert targets[number] == record["tokens"][1:].tolist()
+        assert len(rows_of[number]) == max(1, -(-(len(record["tokens"]) - 1) // stride))
+    assert filled >= rows * (stride + 1) / 2
+    if lengths.max() <= stride + 1:
+        assert rows <= 11 / 9 * -(-lengths.sum() // (stride + 1)) + 1
+
+
+def test_best_fit_in_training_data_takes_tags_along(prepared, tiny, tmp_path):
+    tags = np.concatenate([np.full(len(record["tokens"]), record["document"] % 3) for record in
+                           read_corpus(prepared.directory, "train")])  # fmt: skip
+    np.save(tmp_path / "tags.npy", tags)
+    settings = ["training.packing=best_fit", "dedup.policy=near_exact", f"tracker.tags={tmp_path / 'tags.npy'}"]
+    blocks, _ = load_blocks(tiny(*settings, "tracker.tag_names=[a,b]"), prepared)
+    plain, _ = load_blocks(tiny("dedup.policy=near_exact"), prepared)
+    assert (blocks.corpus.tag == blocks.corpus.document % 3).all() and len(blocks) > len(plain)
+    assert sorted(blocks.corpus.tokens.tolist()) == sorted(plain.corpus.tokens.tolist())
+    spans = lambda corpus: sorted(zip(*(corpus.span[name].tolist() for name in ("identity", "rank", "id")), strict=True))  # noqa: E731
+    assert spans(blocks.corpus) == spans(plain.corpus)
 
 
 def test_prepared_data_are_read_by_plain_tfds_without_tensorflow(prepared):

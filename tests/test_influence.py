@@ -124,9 +124,8 @@ def network():
     keys = jax.random.split(jax.random.key(0))
     params = {"in": jax.random.normal(keys[0], (30, 6)) / 6, "out": jax.random.normal(keys[1], (6, 4)) / 2}
     loss = lambda params: cross_entropy(outputs(params, x), y)  # noqa: E731
-    step = jax.jit(lambda params: jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params)))
-    for _ in range(300):
-        params = step(params)
+    step = lambda _, params: jax.tree.map(lambda p, g: p - 0.5 * g, params, jax.grad(loss)(params))  # noqa: E731
+    params = jax.jit(lambda params: jax.lax.fori_loop(0, 300, step, params))(params)
     return params, jnp.asarray(x), jnp.asarray(y)
 
 

@@ -13,14 +13,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.bench import scaling
-from rmft_jax.bench.collectives import collectives
 from rmft_jax.config import load_config
+from rmft_jax.devices import tpu_devices
 from rmft_jax.errors import UserError
 from rmft_jax.training import loop
+from rmft_jax.training.collectives import collectives
 from rmft_jax.training.memory import estimate, parse_bytes, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, make_mesh, shardings_for
 from rmft_jax.training.optimizer import make_optimizer
-from rmft_jax.training.plan import assumed_inputs, plan
+from rmft_jax.training.plan import assumed_inputs, plan, scaling_table
 from rmft_jax.training.step import init_state
 
 SMALL = ["model.width=64", "model.heads=4", "tokenizer.vocab_size=512", "masking.surrogates=16", "training.batch_size=8",
@@ -240,3 +241,95 @@ def test_a_step_sends_what_the_rules_ask_for():
     assert fsdp["ratio"] == pytest.approx(1, abs=0.1) and fsdp["argument_bytes"] < alone["argument_bytes"] / 4
     assert "not divisible by the 3 devices" in odd["skipped"]
     assert result["ratio"] == result["peer_value"] / result["value"]
+
+
+def roofline(devices, chip, *overrides):
+    return plan(small(*overrides), devices=devices, chip=chip)["roofline"]
+
+
+def test_the_roofline_by_hand():
+    """Of 8 x 64 tokens on 8 chips that split parameters: what each part takes, from published figures of a v5e."""
+    settings = ["mesh.fsdp=8", "training.dtype=bfloat16", "model.layers=10"]
+    result = plan(small(*settings), devices=8, chip="v5e")
+    seconds, flops = result["roofline"]["seconds"], result["flops_per_step"]
+    assert seconds["compute"] == pytest.approx(flops / 8 / 197e12)
+    assert seconds["gradients"] == pytest.approx(2 * result["parameters"] * 7 / 8 / 200e9)
+    assert seconds["update"] >= 4 * 4 * result["parameters"] / 8 * 2 / 800e9  # two moments, parameter and gradient, twice
+    assert seconds["activations"] == seconds["keys and values"] == 0
+    again = roofline(8, "v5e", *settings, "training.remat=full")["seconds"]["compute"]
+    assert again == pytest.approx(4 / 3 * seconds["compute"])
+    parts = max(seconds["compute"], seconds["memory"], seconds["weights"] + seconds["gradients"]) + seconds["update"]
+    assert result["roofline"]["step_seconds"] == pytest.approx(parts)
+
+
+def test_what_leaves_a_node_goes_over_the_network():
+    """16 GPUs are two nodes of 8: copies in each node send over NVLink, copies across nodes over the network."""
+    inside = roofline(8, "h100", "mesh.replica=8")["seconds"]["gradients"]
+    across = roofline(16, "h100", "mesh.replica=16", "training.batch_size=16")["seconds"]["gradients"]
+    size = 4 * plan(small(), devices=1)["parameters"]
+    assert inside == pytest.approx(2 * size * 7 / 8 / 450e9)
+    assert across == pytest.approx(2 * (size * 7 / 8 / 450e9 + size / 8 / 2 / 50e9))
+
+
+def test_scaling_tables_grow_until_something_does_not_divide():
+    config = small("mesh.replica=-1", "training.batch_size=4")
+    strong, weak = (scaling_table(config, "v5p", most=8, weak=grows) for grows in (False, True))
+    assert [row["devices"] for row in strong] == [1, 2, 4]  # 8 chips do not divide 4 rows
+    assert [row["batch_size"] for row in weak] == [4, 8, 16, 32]
+    assert strong[0]["efficiency"] == weak[0]["efficiency"] == 1 and strong[-1]["efficiency"] < weak[-1]["efficiency"]
+    with pytest.raises(UserError, match="unknown chip 'v9': the roofline knows v5e"):
+        plan(config, devices=1, chip="v9")
+
+
+@pytest.mark.parametrize("topology", ["4", "2x2 ", "axb"])
+def test_what_is_no_slice_is_refused(topology):
+    with pytest.raises(UserError, match="write 16x16 of v5e or v6e"):
+        tpu_devices("v5e", topology)
+
+
+def test_copies_lie_across_slices():
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    code = """
+from rmft_jax.config import MeshConfig
+from rmft_jax.devices import tpu_devices
+from rmft_jax.training.mesh import make_mesh
+from rmft_jax.errors import UserError
+devices = tpu_devices("v5e", "2x2", 2)
+mesh = make_mesh(MeshConfig(replica=4, fsdp=2), devices)
+print([{device.slice_index for device in part.flat} for part in mesh.devices])
+try:
+    make_mesh(MeshConfig(replica=1, fsdp=8), devices)
+except UserError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "[{0}, {0}, {1}, {1}]", done.stderr
+    assert "mesh.replica 1 is not divisible by the 2 slices" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_13b_on_512_devices_compiles_to_what_is_planned():
+    """The whole step of the 13B preset, its blocks a scanned loop, for 512 fake devices."""
+    settings = ["training.dtype=float32", "training.batch_size=512", "mesh.replica=1", "mesh.fsdp=512",
+                "training.remat=full", "training.loss_chunk=1024", "--devices", "512"]  # fmt: skip
+    command = [sys.executable, "-m", "rmft_jax.cli", "plan", "configs/models/ladder_13b.yaml", *settings]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run([*command, "--compile", "--json"], capture_output=True, text=True, env=environment)
+    found = json.loads(done.stdout)["compiled"]
+    assert found["ratio"]["arguments"] == pytest.approx(1, abs=0.01)
+    assert found["ratio"]["total"] == pytest.approx(1, abs=0.1)
+    sent = sum(kind["bytes"] for kind in found["collectives"].values())
+    assert sum(found["expected"].values()) == pytest.approx(sent, rel=0.1)
+
+
+def test_a_slice_that_is_not_there_is_compiled_for():
+    """By the TPU's own compiler: the arguments are the plan's, but for what it pads to tiles of 8 x 128."""
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    settings = [*SMALL, "training.dtype=bfloat16", "mesh.fsdp=4", "training.attention=xla", "model.layers=9",
+                "model.width=512", "training.remat=full"]  # fmt: skip
+    command = [sys.executable, "-m", "rmft_jax.cli", "plan", "configs/synthetic.yaml", *settings, "--json"]
+    done = subprocess.run([*command, "--devices", "4", "--chip", "v5e", "--topology", "2x2"], capture_output=True, text=True)
+    found = json.loads(done.stdout)["compiled"]
+    assert found["compiler"] == "TPU v5e 2x2" and found["ratio"]["arguments"] == pytest.approx(1, abs=0.05)
+    assert found["collectives"] is None and found["temp"] > 0

@@ -59,13 +59,6 @@ def call(script, *words, path=None, **more):
     return subprocess.run(["bash", SCRIPTS / script, *words], capture_output=True, text=True, env=environment, timeout=90)
 
 
-def test_shellcheck_has_nothing_to_say():
-    files = sorted([*SCRIPTS.glob("*.sh"), *PODS.glob("*.sh")])
-    checker = Path(sys.executable).parent / "shellcheck"
-    done = subprocess.run([checker, "--external-sources", *files], capture_output=True, text=True)
-    assert len(files) >= 6 and done.returncode == 0, done.stdout
-
-
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name, tmp_path):
     """RMFT_GOLDEN=write writes the expected files anew."""
@@ -81,6 +74,17 @@ def test_a_dry_run_prints_what_would_be_done_and_does_nothing(name, tmp_path):
     assert said == golden.read_text()
     done = subprocess.run(["bash", "-n"], input=done.stdout, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr  # what is printed can be pasted
+
+
+def test_the_commands_of_the_docs_are_taken():
+    """All of the first block of docs/pods.md, in its environment, as dry runs."""
+    block = (ROOT / "docs/pods.md").read_text().split("```sh\n")[1].split("```")[0]
+    told = dict(re.findall(r"(RMFT_\w+)=(\S+)", block))
+    lines = [line.split(" #")[0].split() for line in block.splitlines() if line.startswith("tpu_scripts/")]
+    assert [words[1] for words in lines] == ["create", "setup", "launch", "watch", "logs", "sync", "delete"]
+    for script, verb, *words in lines:
+        done = call(Path(script).name, verb, "--dry-run", *words, **told)
+        assert done.returncode == 0 and "gcloud" in done.stdout, done.stderr
 
 
 REFUSED = [
@@ -171,6 +175,20 @@ def test_libtpu_knows_the_flags():
         environment = os.environ | told | {"LIBTPU_INIT_ARGS": " ".join(flags("LIBTPU_INIT_ARGS")) + more}
         done = subprocess.run([sys.executable, "-c", parse], env=environment, capture_output=True, text=True)
         assert (done.stdout.strip() == "4") == works, done.stderr
+
+
+def test_a_training_that_is_told_to_stop_is_waited_for(tmp_path):
+    """SIGTERM to the shell alone, as in a container: the training saves and has its say."""
+    lines = ["#!/bin/bash", "trap 'sleep 0.5; echo saved; exit 143' TERM", "echo on", "while :; do sleep 0.1; done", ""]
+    (tmp_path / "rmft").write_text("\n".join(lines))
+    (tmp_path / "rmft").chmod(0o755)
+    make = f"source {SCRIPTS}/lib.sh; REST=(a.yaml); training_loop ''"
+    loop = subprocess.run(["bash", "-c", make], capture_output=True, text=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    process = subprocess.Popen(["bash", "-c", loop.stdout], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout.readline() == "on\n"
+    process.terminate()
+    assert process.communicate(timeout=60)[0] == "saved\ntraining ended with exit code 143\n" and process.returncode == 143
 
 
 @pytest.fixture
@@ -274,7 +292,8 @@ def test_hosts_begin_again_when_one_is_lost(machines):
     assert do("ssh.sh", "launch", *HOSTS, *OUT).returncode == 0
     wait_for(lambda: (folder / "started-0").exists() and (folder / "started-1").exists())
     (folder / "down-b").touch()
-    done = do("ssh.sh", "watch", *HOSTS)
+    done = do("ssh.sh", "watch", "--every", "0", *HOSTS)
+    assert done.stderr.count("a host does not answer") == 2
     assert done.returncode == 75 and "two: lost (lost)" in done.stderr
     (folder / "down-b").unlink()
     (folder / "saved").touch()
@@ -286,6 +305,37 @@ def test_hosts_begin_again_when_one_is_lost(machines):
     assert re.findall(r"^(\S+): training ended with exit code 0$", said, re.MULTILINE) == ["me@a", "b"]
 
 
+def test_a_job_that_loses_a_process_is_queued_again(machines):
+    """One of four tasks dies, the others end with 75 (srun passes on the highest code): the job asks for another turn."""
+    folder, do = machines
+    (folder / "venv/bin").mkdir(parents=True)
+    (folder / "venv/bin/activate").write_text(f"export PATH={folder}/venv/bin:$PATH\n")
+    (folder / "venv/bin/rmft").write_text("""#!/bin/bash
+        echo "task $SLURM_PROCID of $SLURM_NTASKS: $* with $NCCL_SOCKET_IFNAME"
+        test -e "$STUB/saved" && exit 0
+        test "$SLURM_PROCID" = 2 && kill -9 $$
+        exit 75\n""")
+    (folder / "venv/bin/rmft").chmod(0o755)
+    where = ["--name", "job", "--nodes", "1", "--gpus", "4", "--venv", str(folder / "venv"), "--interface", "ib0",
+             "--logs", str(folder / "logs"), "--every", "0"]  # fmt: skip
+    done = do("slurm.sh", "launch", *where, *OUT)
+    assert done.returncode == 0 and done.stdout == "4711\n", done.stderr
+    wait_for(lambda: (folder / "requeued").exists())
+    assert do("slurm.sh", "watch", *where).returncode == 1
+    assert "exit code 137" in (folder / "job.log").read_text()
+    (folder / "saved").touch()
+    (folder / "requeued").unlink()
+    assert do("slurm.sh", "resume", *where, *OUT).returncode == 0
+    wait_for(lambda: "training ended" in (folder / "job.log").read_text())
+    done = do("slurm.sh", "watch", "--every", "1", *where[:-2])
+    assert done.returncode == 0 and done.stderr.endswith("job: COMPLETED\n"), done.stderr
+    assert not (folder / "requeued").exists()
+    said = do("slurm.sh", "logs", *where).stdout
+    assert "3: task 3 of 4: train configs/enron_cpu.yaml training.steps=100 name=it's out=/shared/run with ib0" in said
+    assert do("slurm.sh", "delete", *where).returncode == 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="needs Google's gcloud")
 def test_gcloud_knows_the_options():
     """Every option in the expected files is one that `gcloud ... --help` names."""

@@ -1,5 +1,6 @@
 """The data set that `prepare` writes: the same on any number of cores, by Beam, and however often it was interrupted."""
 
+import dataclasses
 import operator
 import os
 import random
@@ -179,16 +180,16 @@ def test_a_call_that_is_killed_at_any_moment_is_gone_on_with(undisturbed, tmp_pa
     config = load_config(None, [*SETTINGS, f"out={tmp_path / 'out'}"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     command = [*RMFT, "prepare", str(tmp_path / "config.yaml"), "--workers", "2"]
-    work, rng, redone, finished = config.data_dir.with_name(".data.partial"), random.Random(5), 0, {}
-    for number in range(kills):
+    work, rng, redone, finished, killed = config.data_dir.with_name(".data.partial"), random.Random(5), 0, {}, 0
+    while killed < kills:
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-        stage = ("texts", "tokenizer", "tagged", "ranks", "records", "final")[number % 6]
+        stage = ("texts", "tokenizer", "tagged", "ranks", "records", "final")[killed % 6]
         while process.poll() is None and not (work / stage).exists():
             time.sleep(0.002)
         time.sleep(rng.random() * 0.3)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        if config.data_dir.exists():  # it was done before
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        if config.data_dir.exists():  # it was done
             assert files_of(config.data_dir) == undisturbed
             shutil.rmtree(config.data_dir)
             finished = {}
@@ -271,3 +272,30 @@ def test_an_unknown_runner_is_refused(tmp_path):
     with pytest.raises(UserError, match="choose one of local, beam"):
         prepare(load_config(None, [*SETTINGS, f"out={tmp_path / 'x'}"]), runner="spark")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("fault, says", [
+    (["source.format=jsonl", "source.path=none.jsonl"], "none.jsonl cannot be read"),
+    (["source.format=jsonl", "source.path={bad}"], "line 2 is not valid JSON"),
+    (["source.format=jsonl", "source.path={empty}"], "has no training documents"),
+    (["tokenizer.vocab_size=90000"], "vocab_size 90000 is more than"),
+    (["tokenizer.path={bad}"], "not a SentencePiece model"),
+])  # fmt: skip
+def test_a_fault_of_the_input_leaves_nothing_behind(tmp_path, fault, says):
+    names = {name: tmp_path / f"{name}.jsonl" for name in ("bad", "empty")}
+    names["bad"].write_bytes(b'{"text": "a"}\n{"text": \n')
+    names["empty"].write_bytes(b"")
+    config = load_config(None, [*SETTINGS, f"out={tmp_path / 'some/where'}", *(item.format(**names) for item in fault)])
+    with pytest.raises(UserError, match=says):
+        prepare(config, workers=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "empty.jsonl"]
+
+
+def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
+    config = load_config(None, [*SETTINGS, f"out={tmp_path}", "dedup.most_tokens=1000"])
+    manifest = prepare(config, workers=1)
+    assert manifest["duplicates"]["removed_tokens"] is None
+    assert not any(record["duplicate"].any() for record in read_corpus(config.data_dir, "train"))
+    load_prepared(config)
+    with pytest.raises(UserError, match="larger dedup.most_tokens"):
+        load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,14 +16,13 @@ from rmft_jax.config import to_yaml
 from rmft_jax.errors import UserError
 from rmft_jax.processes import join_processes
 
-TRAIN = [sys.executable, "-c", "from rmft_jax.cli import main; main()", "train"]
 
-
-def start(config, *, devices: int, **more: str) -> subprocess.Popen:
-    """Start `rmft train` in a process with so many devices."""
+def start(config, *, devices: int, code: str = "", **more: str) -> subprocess.Popen:
+    """Start `rmft train`, or other code, in a process with so many devices."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     env |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", **more}
-    return subprocess.Popen([*TRAIN, config], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", code or "from rmft_jax.cli import main; main()", "train", str(config)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def losses(config) -> list[float]:
@@ -30,7 +30,7 @@ def losses(config) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_two_processes_with_two_devices_train_as_one_with_four(tiny, tmp_path):
     """Losses, evaluation and checkpoints agree; process 0 alone reports."""
     runs = []
@@ -52,27 +52,28 @@ def test_two_processes_with_two_devices_train_as_one_with_four(tiny, tmp_path):
     assert (runs[1].run_dir / "checkpoints" / "20" / "params").is_dir()
 
 
-def start_two(path, **more: str) -> list[subprocess.Popen]:
+def start_two(path, code=("", ""), **more: str) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     told = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", **more}
-    return [start(path, devices=2, JAX_PROCESS_ID=str(n), **told) for n in range(2)]
+    return [start(path, devices=2, code=code[n], JAX_PROCESS_ID=str(n), **told) for n in range(2)]
 
 
 @pytest.mark.timeout(600)
 def test_a_process_that_dies_ends_the_other_which_names_it(tiny, tmp_path):
-    """Then all of them, or one process with as many devices, go on to what the undisturbed run comes to."""
-    settings = ["training.steps=60", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=10",
-                "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
+    """Then both go on to exactly what the undisturbed run comes to, and one process with as many devices goes on too."""
+    settings = ["training.steps=120", "training.log_every=1", "checkpoint.count=1", "checkpoint.every_steps=15",
+                "checkpoint.keep_last=3", "mesh.replica=2", "mesh.fsdp=2"]  # fmt: skip
+    job = {"RMFT_PEER_TIMEOUT": "5", **kept_programs(tmp_path)}
     expected = tiny("name=peers_undisturbed", *settings)
     (path := tmp_path / "undisturbed.yaml").write_text(to_yaml(expected))
-    assert start(path, devices=4).wait(200) == 0
+    assert [process.wait(200) for process in start_two(path, **job)] == [0, 0]
     config = tiny("name=peers", *settings)
     (path := tmp_path / "peers.yaml").write_text(to_yaml(config))
     for victim in (1, 0):
         before = newest_step(config)
-        processes = start_two(path, RMFT_PEER_TIMEOUT="5")
+        processes = start_two(path, **job)
         while newest_step(config) <= before and all(process.poll() is None for process in processes):
             time.sleep(0.05)
         processes[victim].kill()
@@ -82,10 +83,53 @@ def test_a_process_that_dies_ends_the_other_which_names_it(tiny, tmp_path):
         assert re.search(f"error: process {victim} of 2.*: process {1 - victim} ends too", said), said
         assert time.monotonic() - killed < 30
         processes[victim].communicate()
-    last = start(path, devices=4)
-    _, said = last.communicate(timeout=200)
-    assert last.returncode == 0 and "going on from step" in said, said
-    np.testing.assert_allclose(losses(config), losses(expected), rtol=1e-4)
+    assert 0 < newest_step(config) < 120
+    alone = tiny("name=peers", *settings, f"out={tmp_path / 'alone'}", f"data={config.data_dir}")
+    shutil.copytree(config.run_dir, alone.run_dir)
+    (alone_path := tmp_path / "alone.yaml").write_text(to_yaml(alone))
+    runs = [start_two(path, **job), [start(alone_path, devices=4)]]
+    for processes in runs:
+        ends = [process.communicate(timeout=200) for process in processes]
+        assert all(process.returncode == 0 for process in processes) and "going on from step" in ends[0][1], ends
+    assert losses(config) == losses(expected)  # to the last bit
+    np.testing.assert_allclose(losses(alone), losses(expected), rtol=1e-4)
+
+
+HANGS = """
+import time, rmft_jax.training.loop as loop
+from rmft_jax.cli import main
+left, put = [8], loop.put
+def hang(*arguments):
+    left[0] -= 1
+    time.sleep(1000 * (left[0] < 0))
+    return put(*arguments)
+loop.put = hang
+main()
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_process_that_hangs_is_named_by_the_other(tiny, tmp_path):
+    """It is alive, and its thread says so: but it is a dispatch behind."""
+    config = tiny("name=hanging", "training.steps=60", "checkpoint.count=1", "mesh.replica=2", "mesh.fsdp=2")
+    (path := tmp_path / "config.yaml").write_text(to_yaml(config))
+    job = {"RMFT_PEER_TIMEOUT": "5", **kept_programs(tmp_path)}
+    assert [process.wait(200) for process in start_two(path, **job)] == [0, 0]  # keeps the programs: neither compiles long
+    shutil.rmtree(config.run_dir)
+    waiting, hanging = start_two(path, code=("", HANGS), **job)
+    try:
+        _, said = waiting.communicate(timeout=200)
+    finally:
+        hanging.kill()
+    assert waiting.returncode == 75, said
+    assert re.search(r"error: process 1 of 2 on \S+ is stuck at dispatch 8, the others at ", said), said
+    hanging.communicate()
+
+
+def kept_programs(folder) -> dict[str, str]:
+    """Return the environment in which compiled programs are kept and found again."""
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}  # fmt: skip
 
 
 def newest_step(config) -> int:
@@ -139,8 +183,7 @@ def test_four_processes_train_as_one_also_when_one_of_them_is_lost(tiny, tmp_pat
     settings, alone = quartet
     config = tiny(f"name=quartet_{launch.__name__}", *settings)
     (path := tmp_path / "config.yaml").write_text(to_yaml(config))
-    job = {"RMFT_PEER_TIMEOUT": "5", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
-           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}  # fmt: skip
+    job = {"RMFT_PEER_TIMEOUT": "5", **kept_programs(tmp_path)}
     port = 61440 + os.getpid() % 4096
     processes = [launch(path, number, port, job) for number in range(4)]
     while not newest_step(config) and all(process.poll() is None for process in processes):

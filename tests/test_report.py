@@ -14,8 +14,9 @@ from rich.console import Console
 
 from rmft_jax.errors import UserError
 from rmft_jax.report.html import text_table, write_report
-from rmft_jax.report.plots import line_chart, linear_ticks, log_ticks, nice_step, style_classes
-from rmft_jax.report.view import lookup, path_text, show
+from rmft_jax.report.plots import line_chart, linear_ticks, log_ticks, nice_step, style_classes, tick_text
+from rmft_jax.report.scaling import scaling_charts
+from rmft_jax.report.view import View, lookup, path_text, show
 
 EVIL = "<script>alert(1)</script>"
 RUNS = ("baseline", "rmft.p0.5", EVIL)
@@ -525,3 +526,36 @@ def test_wide_range_of_perplexity_is_drawn_on_a_log_axis(results, write, tmp_pat
     write(results)
     source = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert source.count("log scale") == 1
+
+
+def test_power_laws_are_drawn_through_the_points_they_fit():
+    """T = scale N^slope exactly, for two values of tau: each thin line must pass through the points of its own."""
+    sizes = {"small": 1e5, "middle": 1e6, "large": 4e6}
+    laws = {"0.5": (3e4, -0.7), "0.9": (5e6, -1.0)}
+    times = {name: {tau: {"between": {"mean": scale * n**slope, "mean_ci": None}} for tau, (scale, slope) in laws.items()}
+             for name, n in sizes.items()}  # fmt: skip
+    empty = {"x": [], "mean": [], "low": [], "high": []}
+    curves = {key: empty for key in ("m", "unit_mean", "heldout_nll")}
+    plain = {
+        "sizes": {name: {"parameters": n, "times": times[name], "curves": curves} for name, n in sizes.items()},
+        "power_laws": {tau: {"fit": {"scale": scale, "slope": slope}} for tau, (scale, slope) in laws.items()},
+    }
+    (chart,) = scaling_charts(View({"findings": {"memorization": {"plain": plain}}}))
+    assert chart.key == "times" and chart.definition == "times"
+    for slot in (0, 1):
+        classes = style_classes(slot)
+        (fit,) = re.findall(f'<path class="fit {classes}" d="M(.*?)"', chart.svg)
+        drawn = [tuple(map(float, place.split())) for place in fit.split("L")]
+        points = re.findall(f'<g class="run {classes}" data-slot="{slot}">.*?</g>', chart.svg, re.DOTALL)[0]
+        for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', points):
+            least = min(math.hypot(a - float(x), b - float(y)) for a, b in drawn)
+            assert least < 8, "25 places along the line, which is straight on axes that are both logarithmic"
+        (first, last) = drawn[0], drawn[-1]
+        for a, b in drawn:  # on the straight line between its ends
+            share = (a - first[0]) / (last[0] - first[0])
+            assert b == pytest.approx(first[1] + share * (last[1] - first[1]), abs=0.05)
+
+
+@pytest.mark.parametrize("tick, text", [(5e4, "50k"), (1e6, "1M"), (2.5e9, "2.5B"), (500, "500")])
+def test_ticks_of_large_axes_are_short(tick, text):
+    assert tick_text(tick, [500, 5e4, 1e6, 2.5e9]) == text

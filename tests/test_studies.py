@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from leaks import assert_nothing_leaks
 
 from rmft_jax.config import load_config, with_changes
 from rmft_jax.errors import UserError
@@ -42,6 +43,12 @@ def study(tmp_path_factory):
     done = run()
     assert done.returncode == 0, done.stderr
     return folder / "out", done, run
+
+
+def test_no_personal_data_of_the_corpus_are_written_anywhere(study):
+    out, done, _ = study
+    run = next(path.parent for path in sorted(out.rglob("config.yaml")) if "pretrain" not in str(path))
+    assert_nothing_leaks(out, run, stdout=done.stdout, stderr=done.stderr)
 
 
 def test_study_trains_every_method_from_one_start_and_at_both_budgets(study):

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from rmft_jax.config import TokenizerConfig
+from rmft_jax.data import word_cache
 from rmft_jax.data.huggingface_tokenizer import HuggingFaceTokenizer
 from rmft_jax.data.pieces import longest_pieces, pieces_with
 from rmft_jax.data.prepare import _text_outside_pii
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from rmft_jax.data.synthetic import synthetic_mail
 from rmft_jax.data.tokenizer import load_tokenizer
 from rmft_jax.errors import UserError
 from rmft_jax.pii.detector import detect
@@ -239,3 +241,24 @@ def test_pieces_with_personal_data_are_found_whoever_made_the_vocabulary():
                                           add_prefix_space=False, use_regex=False)])).to_str().encode()})  # fmt: skip
     found = pieces_with(tokenizer, {"Ann@x.example.com", "to"})
     assert [tokenizer.decode([id]) for id in found] == ["ann@x.example.com"]
+
+
+@pytest.mark.parametrize("kind", ["own", "newlines", "unigram", "across words"])
+def test_words_kept_give_the_ids_of_the_library(kind, monkeypatch, prepared):
+    """Of all texts, however words are cut, when the memory of words is emptied too; across words it is not used."""
+    odd = ["", " ", "  two  spaces ", "\n\n a\n", "a" * 300 + " b", "x\u2028y é 中文\t\r\n", " <s> </s>"]
+    texts = random_texts(200, seed=4) + odd
+    if kind == "own":
+        tokenizer = prepared.tokenizer
+    else:
+        options = {"newlines": {"user_defined_symbols": ["\n\n"]}, "across words": {"split_by_whitespace": False}}
+        config = TokenizerConfig(vocab_size=700, model_type="unigram" if kind == "unigram" else "bpe")
+        mail = [item["text"] for item in synthetic_mail(100)]
+        tokenizer = SentencePieceTokenizer.train(mail, config, **options.get(kind, {}))
+    assert (tokenizer._words is None) == (kind in ("unigram", "across words"))
+    monkeypatch.setattr(word_cache, "_REMEMBERED", 100)
+    for begin in range(0, len(texts), 40):
+        part = texts[begin : begin + 40]
+        ids, sizes = tokenizer.encode_flat(part)
+        assert [run.tolist() for run in np.split(ids, np.cumsum(sizes)[:-1])] == tokenizer.encode(part)
+        assert ids.dtype == np.int32 and len(sizes) == len(part)

@@ -131,8 +131,8 @@ setting() {
 shared_out() {
   local out
   out=$(setting out)
-  [[ $out == gs://* || $out == s3://* || $out == /* ]] ||
-    die "out=${out:-(not set)} is not shared by several machines: set out=gs://BUCKET/PATH, s3://BUCKET/PATH or a path that all mount"
+  [[ $out == gs://* || $out == /* ]] ||
+    die "out=${out:-(not set)} is not shared by several machines: set out=gs://BUCKET/PATH or a path that all mount"
 }
 
 # below A B: whether version A comes before B; numbers parted by points.
@@ -166,14 +166,18 @@ xla_flags() {
 
 # training_loop FLAGS: the shell text that runs the training where it is, again while that helps: after exit code 75 (another
 # process of the run was lost) at once. 143 (told to stop: saved) and all others end it. Its last line says how it ended.
+# SIGTERM is handed on: a container's first process gets it alone.
 training_loop() {
   local flags=$1
   [[ -z $flags ]] || printf 'export %s\n' "$(quoted "$flags")"
   cat <<END
-code=75
+told= training= code=75
+trap 'told=yes; [ -z "\$training" ] || kill -TERM \$training' TERM
 while [ \$code = 75 ]; do
-  code=0
-  $(quoted rmft train "${REST[@]}") || code=\$?
+  $(quoted rmft train "${REST[@]}") & training=\$!
+  [ -z "\$told" ] || kill -TERM \$training
+  wait \$training; code=\$?
+  while kill -0 \$training 2> /dev/null; do wait \$training; code=\$?; done
 done
 echo "training ended with exit code \$code"
 exit \$code

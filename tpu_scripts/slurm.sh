@@ -43,7 +43,7 @@ settings_are_good() {
   tasks=1
   [[ $per == node ]] || tasks=$opt_gpus
   training_is_good
-  ((opt_nodes == 1)) || [[ -n $(setting out) ]] || die "out= is missing: set it to a path that all nodes mount, gs://... or s3://..."
+  ((opt_nodes == 1)) || [[ -n $(setting out) ]] || die "out= is missing: set it to a path that all nodes mount, or gs://..."
 }
 
 # The lines of the job. After 75, 143 (rmft), 134 (JAX) and 137 (killed) the same command goes on from a checkpoint. The
@@ -80,10 +80,11 @@ job() {
       ;;
   esac
   cat <<END
-$(quoted "${step[@]}" ${start[@]+"${start[@]}"} rmft train "${REST[@]}") &
-trap 'kill -TERM \$!' TERM
-wait \$!; code=\$?
-[ \$code -le 128 ] || { wait \$!; code=\$?; }
+step=
+trap '[ -z "\$step" ] || kill -TERM \$step' TERM
+$(quoted "${step[@]}" ${start[@]+"${start[@]}"} rmft train "${REST[@]}") & step=\$!
+wait \$step; code=\$?
+while kill -0 \$step 2> /dev/null; do wait \$step; code=\$?; done
 echo "training ended with exit code \$code"
 case \$code in 75|134|137|143) [ "\${SLURM_RESTART_COUNT:-0}" -ge ${opt_attempts:-100} ] || scontrol requeue "\$SLURM_JOB_ID" ;; esac
 exit \$code

@@ -54,6 +54,7 @@ on_hosts() {
 }
 
 setup() {
+  git -C "$HERE/.." diff --quiet HEAD || say "what is not committed is left out"
   local host install='.'
   [[ ${opt_extra:-cuda} == none ]] || install=".[${opt_extra:-cuda}]"
   for host in "${hosts[@]}"; do
@@ -95,7 +96,7 @@ ended() {
 }
 
 watch() {
-  local attempts=${opt_attempts:-100} code
+  local attempts=${opt_attempts:-100} code misses=0
   if [[ $opt_dry_run ]]; then
     on_hosts "tail -n 1 $folder/$opt_name.log"
     [[ -z $opt_resume ]] || resume
@@ -103,6 +104,13 @@ watch() {
   fi
   while true; do
     code=$(ended)
+    # one look that fails may be the fault of the way there
+    if [[ $code == lost ]] && ((++misses < 3)); then
+      say "$opt_name: a host does not answer"
+      sleep "${opt_every:-60}"
+      continue
+    fi
+    misses=0
     case $code in
       '') say "$opt_name: training" ;;
       0) say "$opt_name: done"; return 0 ;;

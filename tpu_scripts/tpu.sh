@@ -107,6 +107,7 @@ create() {
 }
 
 setup() {
+  git -C "$HERE/.." diff --quiet HEAD || say "what is not committed is left out"
   local archive="$opt_bucket/code/$opt_name.tar.gz"
   run bash -c "git -C $(quoted "$HERE/..") archive --format=tar.gz HEAD | gcloud storage cp - $(quoted "$archive")"
   on_workers "$(cat <<END
@@ -158,7 +159,7 @@ ended() {
 }
 
 watch() {
-  local attempts=${opt_attempts:-100} code now
+  local attempts=${opt_attempts:-100} code now misses=0
   if [[ $opt_dry_run ]]; then
     run "${TPU[@]}" queued-resources describe "$opt_name" "${place[@]}" --format='value(state.state)'
     on_workers "tail -n 1 ~/rmft/train.log"
@@ -168,6 +169,13 @@ watch() {
   while true; do
     now=$(state) code=''
     [[ $now != ACTIVE ]] || code=$(ended)
+    # one look that fails may be the fault of the way there
+    if [[ $code == lost ]] && ((++misses < 3)); then
+      say "$opt_name: a worker does not answer"
+      sleep "$every"
+      continue
+    fi
+    misses=0
     case $now/$code in
       ACTIVE/) say "$opt_name: training" ;;
       ACTIVE/0) say "$opt_name: done"; return 0 ;;

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-
 from rmft_jax.bench import environment
-from rmft_jax.bench.collectives import collectives
 from rmft_jax.config import Config, MeshConfig
 from rmft_jax.devices import fake_devices
 from rmft_jax.errors import UserError
-from rmft_jax.models.gpt import init_params
 from rmft_jax.progress import track
-from rmft_jax.training.losses import DTYPES
-from rmft_jax.training.mesh import mesh_sizes
+from rmft_jax.training.collectives import collectives
 from rmft_jax.training.plan import assumed_inputs, compile_step
+from rmft_jax.training.roofline import expected_bytes
 
 MESHES = (
     {},
@@ -41,9 +36,10 @@ def run(config: Config, peer: str = "", *, meshes: tuple[dict, ...] = MESHES) ->
     plans for CPU; for GPU and TPU it turns sums whose result is split into reduce-scatters, of the same bytes here.
 
     Returns name, device, versions, unit, value (bytes of all collectives of a step, summed over the meshes), peer (the
-    rules, see `expected_bytes`), peer_value, ratio (peer_value / value, 1 = nothing but what the rules ask for), and runs:
-    for each mesh its sizes, argument_bytes and temp_bytes of a device, collectives (kind -> count, bytes; see
-    `collectives.collectives`), bytes, expected (by purpose) and ratio, None where neither sends anything; or skipped, why.
+    rules, see `training.roofline.expected_bytes`), peer_value, ratio (peer_value / value, 1 = nothing but what the rules
+    ask for), and runs: for each mesh its sizes, argument_bytes and temp_bytes of a device, collectives (kind -> count,
+    bytes; see `training.collectives`), bytes, expected (by purpose) and ratio, None where neither sends anything; or
+    skipped, why.
     Raises UserError for a peer.
     """
     if peer not in ("", "rules"):
@@ -87,33 +83,4 @@ def run(config: Config, peer: str = "", *, meshes: tuple[dict, ...] = MESHES) ->
         "peer_value": wanted,
         "ratio": wanted / value if value else None,
         "runs": runs,
-    }
-
-
-def expected_bytes(config: Config, devices: int) -> dict[str, int]:
-    """Return what a step has to send over a mesh by the rules of `training.mesh`: bytes a device, as `collectives` counts.
-
-    With r, f, t, c devices along replica, fsdp, tensor, context; w bytes an element; L blocks of N parameters, an output
-    matrix of O, P parameters in all; A microbatches of B rows of T tokens for each group of devices that shares rows:
-      weights, f > 1: each block gathered for the forward pass and again for the backward pass, the output matrix once:
-        A (2 L N + O) w / t (Rajbhandari et al. 2020, arXiv 1910.02054, stage 3)
-      gradients, r f c > 1: summed over the devices that have other tokens, A P w / t
-      activations, t > 1: a sum after attention and MLP, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053), the
-        forward ones twice under remat full, and one each for the embedding and the output: A (4 L + 2) B T E w / c
-      keys and values, c > 1: gathered forward, their gradients summed backward: A 4 L B T G D w / t
-    """
-    sizes, model, training = mesh_sizes(config.mesh, devices), config.model, config.training
-    width, times = jnp.dtype(DTYPES[training.dtype]).itemsize, training.accumulation
-    params = jax.eval_shape(lambda: init_params(model, config.tokenizer.vocab_size, jax.random.key(0)))
-    blocks, everything = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params["blocks"], params))
-    rows = training.batch_size // times // (sizes["replica"] * sizes["fsdp"])
-    tensor, tokens, again = sizes["tensor"], rows * training.sequence_length, training.remat == "full"
-    output = config.tokenizer.vocab_size * model.width
-    sums = (4 + 2 * again) * model.layers + 2
-    keys = tokens * model.groups * model.head_dim
-    return {
-        "weights": (sizes["fsdp"] > 1) * times * (2 * blocks + output) * width // tensor,
-        "gradients": (devices > tensor) * times * everything * width // tensor,
-        "activations": (tensor > 1) * times * sums * tokens // sizes["context"] * model.width * width,
-        "keys and values": (sizes["context"] > 1) * times * (4 + 2 * again) * model.layers * keys * width // tensor,
     }

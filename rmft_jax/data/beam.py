@@ -50,6 +50,8 @@ def tag_and_rank(job: Job, shards: Sequence[Shard], options: Sequence[str]) -> N
 
 def write(job: Job, shards: Sequence[Shard], options: Sequence[str]) -> None:
     """Write the records of shards, as `write_records` does."""
+    if not shards:
+        return
     beam = _beam()
     with _pipeline(beam, options) as pipeline:
         pipeline | beam.Create(list(shards)) | beam.Reshuffle() | beam.Map(_write_records, job)

@@ -6,6 +6,7 @@ of one being the context of the next, so that every token is a target exactly on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -41,8 +42,7 @@ class Corpus:
         component_count = span_count = token_count = 0
         tagged: list[np.ndarray] = []
         for record in records:
-            flags = record["duplicate"]
-            keep = ~((drop_near & (flags == 1)) | (drop_exact & (flags == 2)))
+            keep = kept(record, drop_near=drop_near, drop_exact=drop_exact)
             component = record["component"].astype(np.int64)
             own = slice(token_count, token_count + len(keep))
             token_count = own.stop
@@ -92,15 +92,25 @@ class Corpus:
         self.span_first, self.span_last = _extent(self.token_span, span_count + 1)
 
 
+def kept(record: dict[str, np.ndarray], *, drop_near: bool, drop_exact: bool) -> np.ndarray:
+    """Return bool [tokens]: those of a document that are not left out as duplicates."""
+    flags = record["duplicate"]
+    return ~((drop_near & (flags == 1)) | (drop_exact & (flags == 2)))
+
+
 class Blocks:
     """A random-access source of rows: `blocks[i]` is one row of a TaggedBatch as a dict of int32 arrays."""
 
-    def __init__(self, corpus: Corpus, *, stride: int, apart: bool = False):
-        """stride: new target tokens of each block; rows are stride + 1 tokens wide. apart: no two documents share one."""
+    def __init__(self, corpus: Corpus, *, stride: int, apart: bool = False, edges: np.ndarray | None = None):
+        """stride: new target tokens of each block; rows are stride + 1 tokens wide. apart: no two documents share one.
+
+        edges: int [groups + 1], places in the corpus that no row crosses, from 0 to its end; those of `best_fit`.
+        """
         self.corpus, self.stride, self.width = corpus, stride, stride + 1
-        cuts = np.flatnonzero(np.diff(corpus.document)) + 1 if apart else []
-        edges = [0, *cuts, len(corpus.tokens)]
-        parts = list(zip(edges[:-1], edges[1:], strict=True))
+        if edges is None:
+            cuts = np.flatnonzero(np.diff(corpus.document)) + 1 if apart else []
+            edges = np.array([0, *cuts, len(corpus.tokens)])
+        parts = list(itertools.pairwise(edges.tolist()))
         self._begin = np.concatenate([np.arange(low, max(low + 1, high - 1), stride, dtype=np.int64) for low, high in parts])
         part = np.searchsorted(edges, self._begin, side="right")
         self._end = end = np.minimum(self._begin + self.width, np.array(edges, np.int64)[part])

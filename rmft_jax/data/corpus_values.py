@@ -47,16 +47,15 @@ def corpus_values(job: Job, shards: Sequence[Shard]) -> CorpusValues:
     detector = Detector(job.config.pii)
     for type, kind in json.loads(corpus["kind_names"].tobytes()):
         detector.kinds.number(type, kind)
-    ranks = [read_arrays(job.ranks(shard), "ranks", _MEND) for shard in shards]
-    identities = sum(int(rank["is_first"].sum()) for rank in ranks)
+    identities = sum(int(read_arrays(job.ranks(shard), "ranks", _MEND)["is_first"].sum()) for shard in shards)
     step = max(1, -(-identities // _SAMPLE))
     canaries = np.full(len(make_canaries(job.config.canary, job.config.source.seed)), -1, np.int64)
     out = CorpusValues(detector, np.zeros(identities, np.uint64), np.zeros(identities, np.int64), canaries, set(), [], set(),
                        np.zeros(0, np.uint32))  # fmt: skip
     real = np.zeros(identities, np.uint32)
     is_stocked = in_stock(detector)
-    for shard, rank in zip(shards, ranks, strict=True):
-        found = read_tagged(job, shard)
+    for shard in shards:
+        found, rank = read_tagged(job, shard), read_arrays(job.ranks(shard), "ranks", _MEND)
         identity, own = rank["identity"], rank["is_first"]
         places = identity[own]
         out.hashes[places], out.counts[places] = found["value_hash"][own, 0], rank["total"][own]

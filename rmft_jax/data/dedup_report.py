@@ -11,7 +11,7 @@ import numpy as np
 
 from rmft_jax.config import Config
 from rmft_jax.data.dedup import nearest_kept
-from rmft_jax.data.prepare import Prepared
+from rmft_jax.data.prepare import Prepared, check_flagged
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.files import write_chunks, write_json
 
@@ -26,6 +26,7 @@ def dedup(config: Config, prepared: Prepared) -> dict:
     repeated_tokens, kept_documents, kept_tokens, and clusters: lists of numbers of documents that are near-duplicates of the
     first one, the largest cluster first. Both lie in config.out/dedup. Returns the report.
     """
+    check_flagged(prepared.manifest)
     records, folder = list(read_corpus(prepared.directory, "train")), Path(config.out) / "dedup"
     decode = prepared.tokenizer.decode
     near = np.array([bool(len(record["duplicate"])) and bool((record["duplicate"] == 1).all()) for record in records])

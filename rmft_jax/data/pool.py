@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def serve() -> None:
         try:
             answer = None, _do(work, job, item)
         except Exception as error:  # noqa: BLE001  it is raised where it is asked for
+            error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             answer = error, None
         pickle.dump(answer, answers)
         answers.flush()

@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +34,10 @@ from rmft_jax.data.work import work_folder
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_arrays, read_json, whole_folder, write_arrays, write_bytes, write_json
 from rmft_jax.kernels import SurrogateBank
-from rmft_jax.paths import local_copy
+from rmft_jax.paths import is_remote, local_copy
 from rmft_jax.pii.bank import build_bank
 from rmft_jax.pii.detector import Detector
+from rmft_jax.pii.spans import Span
 from rmft_jax.progress import say
 
 SCHEMA = 3
@@ -83,6 +84,10 @@ def prepare(config: Config, *, workers: int = 0, runner: str = "local", beam_opt
     if runner not in RUNNERS:
         raise UserError(f"unknown runner {runner!r}: choose one of {', '.join(RUNNERS)}")
     directory = config.data_dir
+    if is_remote(directory) and not directory.exists():
+        with whole_folder(directory) as partial:  # made here, then copied
+            there = dataclasses.replace(config, data=str(partial))
+            return prepare(there, workers=workers, runner=runner, beam_options=beam_options)
     if directory.exists():
         manifest = _manifest(directory)
         changed = _changed(manifest, config)
@@ -106,6 +111,8 @@ def load_prepared(config: Config) -> Prepared:
     if changed:
         where = config.data_dir
         raise UserError(f"{where} was prepared with another {changed}: use the same value, or prepare another out=")
+    if config.dedup.policy != "none":
+        check_flagged(manifest)
     mend = "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     hashes = identities["hashes"].tolist()
@@ -136,6 +143,15 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
     return _assemble(job, shards, read, duplicates)
 
 
+def check_flagged(manifest: dict) -> None:
+    """Raise UserError for prepared data that were not searched for duplicates."""
+    if manifest.get("duplicates", {}).get("removed_tokens", 0) is None:
+        raise UserError(
+            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for duplicates: prepare them in "
+            f"another out= with a larger dedup.most_tokens, or set dedup.policy=none"
+        )
+
+
 def begin(job: Job) -> tuple[dict, list[Shard]]:
     """Read the source, make the tokenizer and the secret of a job, as far as they are not there; return what
     `read_shards` says, and the shards."""
@@ -162,11 +178,20 @@ def _make_tokenizer(job: Job, shards: Sequence[Shard], characters: int) -> Token
     if config.tokenizer.path:
         return load_tokenizer(Path(config.tokenizer.path))
     say(f"prepare: training a tokenizer of {config.tokenizer.vocab_size} pieces")
-    return SentencePieceTokenizer.train(_text_outside_pii(job, shards, characters), config.tokenizer)
+    return SentencePieceTokenizer.train(_text_outside_pii(_sample(job, shards, characters)), config.tokenizer)
 
 
-def _text_outside_pii(job: Job, shards: Sequence[Shard], characters: int) -> Iterator[str]:
-    """Yield the training text without its PII; of a large corpus, that of documents drawn at random."""
+def _text_outside_pii(pairs: Iterable[tuple[str, Sequence[Span]]]) -> Iterator[str]:
+    for text, spans in pairs:
+        done = 0
+        for span in spans:
+            yield text[done : span.start]
+            done = span.end
+        yield text[done:]
+
+
+def _sample(job: Job, shards: Sequence[Shard], characters: int) -> Iterator[tuple[str, Sequence[Span]]]:
+    """Yield the training documents with their PII; of a large corpus, documents drawn at random."""
     config = job.config
     share = min(1.0, config.tokenizer.train_characters / max(1, characters))
     detector, rng = Detector(config.pii), np.random.default_rng([config.source.seed, 3])
@@ -174,12 +199,7 @@ def _text_outside_pii(job: Job, shards: Sequence[Shard], characters: int) -> Ite
         chosen = rng.random(len(shard.train)) < share
         some = dataclasses.replace(shard, train=shard.train[chosen])
         texts = texts_of(job.texts, some, "train", config) if chosen.any() else []
-        for text, spans in zip(texts, detector.detect_many(texts), strict=True):
-            done = 0
-            for span in spans:
-                yield text[done : span.start]
-                done = span.end
-            yield text[done:]
+        yield from zip(texts, detector.detect_many(texts), strict=True)
 
 
 def number_shards(job: Job, shards: Sequence[Shard]) -> dict[str, np.ndarray]:
@@ -224,7 +244,7 @@ def _assemble(job: Job, shards: Sequence[Shard], read: dict, duplicates: dict) -
     for split in SPLITS:
         files = [shard for shard, said in zip(shards, records, strict=True) if said[split]["documents"]]
         for number, shard in enumerate(files):
-            os.link(record_path(job, shard.number, split), folder / file_name(split, number, len(files)))
+            _place(record_path(job, shard.number, split), folder / file_name(split, number, len(files)))
         lengths = [said[split]["documents"] for said in records if said[split]["documents"]]
         splits[split] = lengths, sum(said[split]["bytes"] for said in records)
     write_metadata(folder, splits)
@@ -276,6 +296,14 @@ def _assemble(job: Job, shards: Sequence[Shard], read: dict, duplicates: dict) -
     }
     write_json(final / "manifest.json", manifest)
     return manifest
+
+
+def _place(file: Path, name: Path) -> None:
+    """Give a file another name, or copy it where the file system knows one name alone."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def _inputs(config: Config) -> list:

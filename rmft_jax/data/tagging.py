@@ -104,53 +104,26 @@ class Tagged:
 
     @classmethod
     def of(cls, documents: Sequence[tuple[str, Sequence[Span]]], tokenizer: Tokenizer, detector: Detector) -> Tagged:
-        """Encode documents, given their spans."""
-        parts: list[str] = []  # of all documents: text, the components of a span, text, ..., text
-        spans: list[tuple[int, Components]] = []  # of each span: the number of its first part, its components
-        ends: list[int] = []
+        """Encode documents, given their spans. A value is encoded once, however often it stands there."""
+        texts: list[str] = []  # of each document: what stands before, between and after its spans
+        numbers: dict[int, int] = {}
+        known: list[Components] = []
+        which: list[int] = []  # of each span: the number of its components among the known ones
         for text, found in documents:
             done = 0
             for span in found:
                 components = detector.components(text, span)
-                parts.append(text[done : span.start])
-                spans.append((len(parts), components))
-                parts += components.texts
+                which.append(numbers.setdefault(id(components), len(known)))
+                if which[-1] == len(known):
+                    known.append(components)
+                texts.append(text[done : span.start])
                 done = span.end
-            parts.append(text[done:])
-            ends.append(len(parts))
-        types = [span.type for _, found in documents for span in found]
+            texts.append(text[done:])
         counts = np.array([len(found) for _, found in documents], np.int64)
-        return cls._of_parts(tokenizer, *tokenizer.encode_flat(parts), np.array(ends, np.int64), spans, types, counts)
-
-    @classmethod
-    def _of_parts(cls, tokenizer, ids, sizes, ends, spans, types, document_spans) -> Tagged:
-        first, components = [first for first, _ in spans], [components for _, components in spans]
-        of_span = np.array([len(found.kinds) for found in components], np.int64)
-        index = _within(of_span)
-        part = np.repeat(np.array(first, np.int64), of_span) + index  # of each component
-        borders = np.concatenate([[0], np.cumsum(sizes)])
-        begins = borders[np.concatenate([[0], ends[:-1]])] if len(ends) else ends
-        lengths = np.diff(borders[np.concatenate([[0], ends])])
-        tokens = np.empty(len(ids) + 2 * len(ends), np.int32)
-        first_token = np.cumsum(lengths + 2) - lengths - 2
-        tokens[np.arange(len(ids)) + np.repeat(2 * np.arange(len(ends)) + 1, lengths)] = ids
-        tokens[first_token], tokens[first_token + lengths + 1] = tokenizer.bos_id, tokenizer.eos_id
-        span_document = np.repeat(np.arange(len(ends)), document_spans)
-        document = np.repeat(span_document, of_span)
-        flat = lambda name: np.array([x for found in components for x in getattr(found, name)], np.int32)  # noqa: E731
-        return cls(
-            tokens=tokens,
-            component_begin=(borders[part] - begins[document] + 1).astype(np.int32),
-            component_size=sizes[part].astype(np.int32),
-            component_kind=flat("kinds"),
-            component_span=np.repeat(_within(document_spans), of_span).astype(np.int32),
-            component_index=index.astype(np.int32),
-            component_value=flat("values"),
-            span_type=np.array(types, np.int32),
-            document_tokens=lengths + 2,
-            document_components=np.bincount(document, minlength=len(ends)),
-            document_spans=document_spans,
+        tagged = _interleave(
+            tokenizer, tokenizer.encode_flat(texts), known, np.array(which, np.int64), counts, np.arange(len(counts))
         )
+        return cls(**tagged, span_type=np.array([span.type for _, found in documents for span in found], np.int32))
 
     @classmethod
     def join(cls, parts: Sequence[Tagged]) -> Tagged:
@@ -170,6 +143,60 @@ class Tagged:
         for name in ("component_kind", "component_span", "component_index", "component_value"):
             out[name] = getattr(self, name), self.document_components
         return out | {"span_type": (self.span_type, self.document_spans)}
+
+
+def _interleave(
+    tokenizer: Tokenizer,
+    texts: tuple[np.ndarray, np.ndarray],
+    known: Sequence[Components],
+    which: np.ndarray,
+    spans: np.ndarray,
+    document: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Return the fields of `Tagged` but span_type: each document is a text, then a span and a text as often as it has spans.
+
+    texts: (ids, their numbers) of all texts. which: int64 [spans], the known components of each. spans: int64 [documents],
+    how many each has; document: its number.
+    """
+    parts = tokenizer.encode_flat([text for components in known for text in components.texts])
+    part_ends, own_parts = _borders(parts[1]), np.array([len(components.kinds) for components in known], np.int64)
+    first_part = _borders(own_parts)
+    # a chunk is a text or a span; where it stands among all chunks
+    text_at = 2 * np.arange(len(texts[1])) - np.repeat(document, spans + 1)
+    span_at = 2 * np.arange(len(which)) + np.repeat(document, spans) + 1
+    begins, sizes = np.empty(len(text_at) + len(span_at), np.int64), np.empty(len(text_at) + len(span_at), np.int64)
+    begins[text_at], sizes[text_at] = _borders(texts[1])[:-1], texts[1]
+    begins[span_at] = len(texts[0]) + part_ends[first_part[which]]
+    sizes[span_at] = part_ends[first_part[which + 1]] - part_ends[first_part[which]]
+    ends = _borders(sizes)
+    lengths = np.diff(ends[_borders(2 * spans + 1)])
+    out = ends[:-1] + 2 * np.repeat(document, 2 * spans + 1) + 1
+    tokens, within = np.empty(ends[-1] + 2 * len(spans), np.int32), _within(sizes)
+    tokens[np.repeat(out, sizes) + within] = np.concatenate([texts[0], parts[0]])[np.repeat(begins, sizes) + within]
+    first_token = _borders(lengths + 2)[:-1]
+    tokens[first_token], tokens[first_token + lengths + 1] = tokenizer.bos_id, tokenizer.eos_id
+    of_span = own_parts[which]
+    index = _within(of_span)
+    part = np.repeat(first_part[which], of_span) + index  # of each component
+    begin = out[span_at] - np.repeat(first_token, spans) - part_ends[first_part[which]]
+    flat = lambda name: np.array([x for components in known for x in getattr(components, name)], np.int32)  # noqa: E731
+    return {
+        "tokens": tokens,
+        "component_begin": (np.repeat(begin, of_span) + part_ends[part]).astype(np.int32),
+        "component_size": parts[1][part].astype(np.int32),
+        "component_kind": flat("kinds")[part],
+        "component_span": np.repeat(_within(spans), of_span).astype(np.int32),
+        "component_index": index.astype(np.int32),
+        "component_value": flat("values")[part],
+        "document_tokens": lengths + 2,
+        "document_components": np.diff(_borders(of_span)[_borders(spans)]),
+        "document_spans": spans,
+    }
+
+
+def _borders(sizes: np.ndarray) -> np.ndarray:
+    """Return where groups of these sizes begin, and where the last one ends, int64 [groups + 1]."""
+    return np.concatenate([[0], np.cumsum(sizes)])
 
 
 def _within(sizes: np.ndarray) -> np.ndarray:

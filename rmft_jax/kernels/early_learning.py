@@ -118,8 +118,8 @@ def average_weights(average, params, step: jax.Array, decay: float):
     average, params: equal trees of arrays. step: updates before this one, int []. Without the bound the average over a
     short run would still be mostly its first weights.
     """
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, p: a + (1 - decay).astype(a.dtype) * (p - a), average, params)
+    share = 1 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + share.astype(a.dtype) * (p - a), average, params)
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -80,7 +80,8 @@ def _splash_kernel(heads: int, length: int, interpret: bool):
 
     block = next(size for size in (512, 256, 128) if length % size == 0)
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    blocks = splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    sizes = dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block)
+    blocks = splash.BlockSizes(**sizes)  # type: ignore[arg-type]  # all of these are numbers
     causal = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     with jax.ensure_compile_time_eval():  # the kernel is kept: it may hold no tracer of the program it is first made in
         return splash.make_splash_mha(causal, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret)

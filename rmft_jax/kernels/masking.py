@@ -112,7 +112,7 @@ class Spans(NamedTuple):
     """
 
     rank: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls here
     epoch: jax.Array
     occurrence_bits: jax.Array
     identity_bits: jax.Array

@@ -20,7 +20,7 @@ class Runs(NamedTuple):
     """
 
     histogram: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls here
     total: jax.Array
     longest: jax.Array
 

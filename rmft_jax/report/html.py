@@ -160,7 +160,8 @@ def write_charts(results: dict, folder: Path) -> list[Path]:
     paths = []
     make = {"": charts, "scaling": scaling_charts}.get(study_of(results), study_charts)
     for chart in make(view):
-        entries, x, row = [], LEFT, 0
+        entries: list = []
+        x, row = LEFT, 0
         for slot, name in chart.names:
             width = 40 + 7 * len(name)
             if x + width > WIDTH and entries:
@@ -205,7 +206,7 @@ def claims_table(results: dict) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading, justify in (("claim", "left"), ("expected", "right"), ("measured", "right"), ("interval", "right"),
                              ("holds", "left")):
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify="left" if justify == "left" else "right")
     for claim in results["claims"]:
         low, high = claim["interval"] or (None, None)
         holds = ("yes" if claim["holds"] else "no") + ("" if claim["settled"] else ", not settled")

@@ -100,7 +100,8 @@ def log_ticks(low: float, high: float) -> list:
 def tick_text(tick: float, ticks: list) -> str:
     """Return the tick's label with just the decimals that its neighbours need."""
     if max(map(abs, ticks)) >= 1e5:
-        return f"{tick:.3g}"
+        power, letter = next((p, letter) for p, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (0, "")) if abs(tick) >= p)
+        return f"{tick / (power or 1):.3g}{letter}".replace("-", "−")
     gap = min(b - a for a, b in pairwise(ticks))
     decimals = max(0, -math.floor(math.log10(gap) + 1e-9))
     return f"{tick:,.{decimals}f}".replace("-", "−")
@@ -121,7 +122,8 @@ def y_ticks(lines: list, from_zero: bool) -> tuple:
 
 def stretches(points: list, usable) -> list:
     """Return the runs of consecutive usable points, so that a null breaks a line."""
-    found, current = [], []
+    found: list = []
+    current: list = []
     for point in points:
         if usable(point):
             current.append(point)
@@ -146,10 +148,12 @@ def _band_path(points: list, x: Axis, y: Axis) -> str:
 
 
 def _draw_point(point: Point, x: Axis, y: Axis, kind: str) -> Markup:
+    """Draw a point whose y is a number."""
+    height = y(point.y if point.y is not None else y.start)
     return Markup(
         '<circle class="{}" cx="{:.2f}" cy="{:.2f}" r="3" data-path="{}" data-value="{}" data-x-path="{}" '
         'data-x-value="{}"><title>{}</title></circle>').format(
-            kind, x(point.x), y(point.y), path_text(point.path), json.dumps(point.y),
+            kind, x(point.x), height, path_text(point.path), json.dumps(point.y),
             path_text(point.x_path), json.dumps(point.x if point.x_name is None else point.x_name), point.title)
 
 
@@ -208,7 +212,7 @@ def line_chart(
     if log:
         x_label += " (y: log scale)"
     parts = [_draw_axes(x, x_at, y, y_at, x_label, names)]
-    parts += [_draw_fit(line, *law, x, y) for slot, *law in fits or [] for line in lines if line.slot == slot]
+    parts += [_draw_fit(line, tuple(law), x, y) for slot, *law in fits or [] for line in lines if line.slot == slot]
     parts += [_draw_line(line, x, y, stepped) for line in reversed(lines)]
     if all(point.y is None for line in lines for point in line.points):
         parts.append(Markup('<text class="xlabel" x="{}" y="{}">no values</text>').format(
@@ -217,7 +221,9 @@ def line_chart(
         WIDTH, HEIGHT, label, Markup("\n").join(parts))
 
 
-def _draw_fit(line: Line, scale: float, slope: float, x: Axis, y: Axis) -> Markup:
+def _draw_fit(line: Line, law: tuple, x: Axis, y: Axis) -> Markup:
+    """Draw the power law (scale, slope) along the points of a line."""
+    scale, slope = law
     begin, end = min(point.x for point in line.points), max(point.x for point in line.points)
     places = [begin * (end / begin) ** (step / 24) for step in range(25)]
     inside = [(place, scale * place**slope) for place in places if y.start <= scale * place**slope <= y.stop]
@@ -303,7 +309,8 @@ def _training_lines(view: View, *inner: str, unit: str = "") -> list:
                 continue
             title = _tooltip(view, path, f"{run}, epoch {view.text(*x_path)}", unit)
             x, y = view.value(*x_path), _finite(view.value(*path))
-            points.append(Point(x, y, *view.bounds(*path), path, x_path, title))
+            low, high = view.bounds(*path)
+            points.append(Point(x, y, low, high, path, x_path, title))
         lines.append(Line(run, slot, points))
     return lines
 
@@ -347,7 +354,8 @@ def _category_lines(view: View, at: tuple, name: str, metric: str, unit: str) ->
         for index, entry in enumerate(lists[run]):
             path, x_path = (view.last(run, "metrics", *at, index, key) for key in (metric, name))
             title = _tooltip(view, path, f"{run}, {entry[name]}", unit)
-            points.append(Point(index, _finite(view.value(*path)), *view.bounds(*path), path, x_path, title, entry[name]))
+            low, high = view.bounds(*path)
+            points.append(Point(index, _finite(view.value(*path)), low, high, path, x_path, title, entry[name]))
         lines.append(Line(run, slot, points))
     return (names, lines) if len(names) > 1 else ([], [])
 

@@ -32,7 +32,8 @@ def _over_sizes(view: View, name: str, slot: int, arm: tuple, inner: tuple) -> L
         path, x_path = (*arm, "sizes", size, *inner, "mean"), (*arm, "sizes", size, "parameters")
         if is_number(view.value(*path)):
             x, y = view.value(*x_path), view.value(*path)
-            points.append(Point(x, y, *view.bounds(*path), path, x_path, f"{name}, {size}: {show(y)}"))
+            low, high = view.bounds(*path)
+            points.append(Point(x, y, low, high, path, x_path, f"{name}, {size}: {show(y)}"))
     return Line(name, slot, points)
 
 
@@ -54,7 +55,7 @@ def scaling_charts(view: View) -> list[Chart]:
         sizes = list(view.value(*main, "sizes"))
         taus = list(view.value(*main, "sizes", sizes[0], "times"))
         lines = [_over_sizes(view, f"τ = {tau}", n, main, ("times", tau, "between")) for n, tau in enumerate(taus)]
-        laws = [(view.value(*main, "power_laws", tau, "fit", key) for key in ("scale", "slope")) for tau in taus]
+        laws = [[view.value(*main, "power_laws", tau, "fit", key) for key in ("scale", "slope")] for tau in taus]
         fits = [(n, scale, slope) for n, (scale, slope) in enumerate(laws) if is_number(scale) and is_number(slope)]
         found.append(_chart("times", "T(N, τ)", "times each token is seen until M ≥ τ; thin: power laws", lines,
                             "parameters N (log scale)", from_zero=False, log_x=True, fits=fits))
@@ -83,7 +84,7 @@ def scaling_charts(view: View) -> list[Chart]:
         found.append(_chart("baseline", "Forgetting baseline", "lowest M of the special batch after it was shown", lines,
                             "parameters N (log scale)", log_x=True, from_zero=False))
     pii = view.value("findings", "pii") or {}
-    sizes = dict.fromkeys(size for arm in pii for size in view.value("findings", "pii", arm, "sizes"))
+    sizes = list(dict.fromkeys(size for arm in pii for size in view.value("findings", "pii", arm, "sizes")))
     for key, heading in (("training_spans_whole", "PII values memorized whole"), ("training_m_pii", "M of PII tokens")):
         for size in sizes:
             lines = [_curve(view, arm, n, ("findings", "pii", arm, "sizes", size, "curves", key))
@@ -110,10 +111,10 @@ def scaling_table(results: dict) -> Table:
                    f"{view.text('study', 'parts')} of {view.text('study', 'planned_parts')} parts are done.")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, caption=caption,
                   caption_justify="left", caption_style="")
-    columns = [(f"T({tau:g})", ("times", f"{tau:g}", "between")) for tau in results["taus"]]
+    columns: list[tuple[str, tuple]] = [(f"T({tau:g})", ("times", f"{tau:g}", "between")) for tau in results["taus"]]
     columns += [("M before\noverfitting", ("before_overfitting",)), ("best held-\nout loss", ("heldout_nll_best",))]
     for heading, justify in (("size", "left"), ("parameters", "right"), *((name, "right") for name, _ in columns)):
-        table.add_column(heading, justify=justify, no_wrap=True)
+        table.add_column(heading, justify="left" if justify == "left" else "right", no_wrap=True)
     for size in view.value(*main) or {}:
         cells = []
         for _, inner in columns:

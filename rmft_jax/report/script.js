@@ -22,7 +22,8 @@
     const lines = () =>
       runs.filter((run) => !run.classList.contains("off")).map((run) => [...run.querySelectorAll("circle")])
         .filter((points) => points.length);
-    const hint = "Point at the chart, or press arrow keys in it, to read its values.";
+    const first = figure === document.querySelector(".plots figure");
+    const hint = first ? "Point at a chart, or press arrow keys in it, to read its values; a name in a legend hides its line." : "";
     let current = null;
 
     const tell = (point) => {

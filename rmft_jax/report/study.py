@@ -45,7 +45,7 @@ def study_table(results: dict) -> Table:
     """Return all tables as one, for the terminal: a row for each figure, its interval beside it."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for heading, justify in (("", "left"), ("figure", "left"), ("mean", "right"), ("interval", "right")):
-        table.add_column(heading, justify=justify)
+        table.add_column(heading, justify="left" if justify == "left" else "right")
     for found in results["tables"]:
         table.add_row(Text(found["title"], style="bold"))
         for name, *figures in found["rows"]:

@@ -74,7 +74,7 @@ def _setting(view: View) -> Markup:
     count = Markup("{} prompts").format(view.num(*prompts)) if known else "prompts"
     trained = Markup()
     if is_number(view.value("data", "documents")) and is_number(view.value("data", "tokens")):
-        trained = Markup("The models were trained on {} documents of {} ({} tokens). ").format(
+        trained = Markup("The models were trained on {} documents of “{}” ({} tokens). ").format(
             view.num("data", "documents"), view.text("data", "source"), view.num("data", "tokens"))
     return trained + Markup(
         "Each was given {} (set “{}”) and the {} it wrote out were checked against its training text; other prompts may "
@@ -92,7 +92,7 @@ def _leaked(view: View, run: str) -> Markup:
     _, many, one = things(view)
     known = Markup(" of the {} {}").format(view.num("data", "pii_identities"), many)
     if not _identities_are_addresses(view):
-        known = f" {one}" if view.value(*count) == 1 else f" {many}"
+        known = Markup(" {}").format(one if view.value(*count) == 1 else many)
     return Markup("At its last checkpoint {} gave away {}{}, {}\u00a0%{}.").format(
         name, view.num(*count), known, view.num(*rate), _bracket(view, rate, with_level=run == view.runs[0]))
 

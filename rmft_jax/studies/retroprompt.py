@@ -22,6 +22,7 @@ from rmft_jax.files import write_json
 from rmft_jax.kernels import interpolate, knn_probabilities
 from rmft_jax.models.cloze import Cloze, Prompts, read_lower
 from rmft_jax.models.gpt import count_params, init_params
+from rmft_jax.progress import say
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, curve, frame, over_seeds, part, rank_correlation
 from rmft_jax.studies.retroprompt_text import arm_configs, text_results, train_arm
@@ -49,7 +50,7 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
     The same call goes on where an earlier one was interrupted; results.json appears after the first part.
     Raises UserError, before anything is trained, when the settings break a rule or texts cannot be read.
     """
-    sets, out = config.study.retroprompt.sets, Path(config.out)
+    sets, out = {name: one for name, one in config.study.retroprompt.sets.items() if _is_there(name, one)}, Path(config.out)
     arms = arm_configs(config)
     if not sets and not arms:
         raise UserError("study.retroprompt has neither sets nor text.arms: see configs/studies/retroprompt_cpu.yaml")
@@ -63,13 +64,16 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
         if number <= len(sets):
             chosen = sets[name]
             settings = dataclasses.asdict(chosen) | {"seeds": config.study.seeds, "seed": config.seed}
+            settings.pop("optional")
             if not chosen.start:
                 settings |= {key: to_dict(config)[key] for key in ("model", "training", "tokenizer")}
             make = lambda: _run_set(name, chosen, config)  # noqa: B023, E731
             findings[name] = part(out / "parts" / f"{name}.json", settings, make, title)
         else:
-            lookup = dataclasses.asdict(config.study.retroprompt.text)
-            settings = to_dict(arms[name]) | {"lookup": lookup | {"arms": {}, "loss": lookup["arms"][name]["loss"]}}
+            text = config.study.retroprompt.text
+            arm = text.arms[name]
+            lookup = {"arms": {}, "loss": arm.loss, "epochs": arm.epochs or text.epochs}
+            settings = to_dict(arms[name]) | {"lookup": dataclasses.asdict(text) | lookup}
             make = lambda: train_arm(config, name, arms[name])  # noqa: B023, E731
             texts[name] = part(out / "parts" / f"text-{name}.json", settings, make, title)
         results = frame("retroprompt", command, config.study.seeds, number, len(todo)) | _results(findings, sets)
@@ -79,6 +83,15 @@ def run(config: Config, *, command: str = "rmft study retroprompt") -> dict:
             results["findings"] = findings | {"text": texts}
         write_json(out / "results.json", results)
     return results
+
+
+def _is_there(name: str, settings: PromptSetConfig) -> bool:
+    """Return whether a set can be run; of one that is optional, say which file it lacks."""
+    missing = [path for path in (settings.start, settings.path) if path and not Path(path).exists()]
+    if not settings.optional or not missing:
+        return True
+    say(f"study retroprompt: without the set {name}, as {missing[0]} is not there")
+    return False
 
 
 def _check(name: str, settings: PromptSetConfig, config: Config) -> None:
@@ -280,7 +293,7 @@ def _charts(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
 
 
 def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
-    """Return what the paper claims, means over seeds with bootstrap intervals over seeds; and how good the scores are."""
+    """Return what the paper claims, and how good the scores are: means, with bootstrap intervals over seeds or examples."""
     plain, whole, out = found["arms"][PLAIN], found["arms"]["retroprompt"], []
 
     def mean_claim(id, source, statement, expected, values, **bound):
@@ -300,6 +313,10 @@ def _claims(name: str, found: dict, settings: PromptSetConfig) -> list[dict]:
     if wrong.any(1).all() and not wrong.all(1).any():
         ratio = np.array(_memorization(plain, wrong)["values"]) / np.array(_memorization(plain, ~wrong)["values"])
         mean_claim("flipped", EXPECTED, "self-influence of wrong labels over that of right ones", 2, ratio, at_least=2)
+    if len(found["left_out"]) > 1:
+        fell = np.array(found["left_out"]["retroprompt"]) - np.array(found["left_out"][PLAIN])
+        mean_claim("fall", SOURCE, "fall of P(label) without the example, under retroprompt less under the plain prompt", 0,
+                   fell, at_most=0)  # fmt: skip
     for arm, falls in found["left_out"].items():
         falls, scores = np.array(falls), np.array(found["arms"][arm]["influence"][0])[: len(falls)]
         measured = bootstrap(lambda pick, f=falls, s=scores: rank_correlation(f[pick], s[pick]), len(falls))

@@ -42,6 +42,8 @@ def arm_configs(config: Config) -> dict[str, Config]:
             raise UserError(f"{where}.arms.{name}.loss is {arm.loss!r}: choose one of {', '.join(_LOSSES)}")
         if arm.loss != "plain" and arms[name].method != "none":
             raise UserError(f"{where}.arms.{name}: its loss looks at true text, so nothing can be masked: set loss=plain")
+    if any(arm.epochs < 0 for arm in text.arms.values()):
+        raise UserError(f"{where}.arms: epochs are 0 or more")
     if arms and (next(iter(text.arms.values())).loss != "plain" or next(iter(arms.values())).method != "none"):
         raise UserError(f"{where}.arms: the first one is the one to compare with, without defence and loss=plain")
     if min(text.epochs, text.refresh, text.k) < 1 or not 0 < text.share < 1 or text.temperature <= 0 or text.beta < 0:
@@ -58,8 +60,9 @@ def train_arm(config: Config, name: str, arm: Config) -> dict:
     train, heldout = Text(arm, prepared, "train"), Text(arm, prepared, "heldout")
     if settings.k > len(train.rows.tokens):
         raise UserError(f"study.retroprompt.text.k is {settings.k}: the text has fewer rows, lower it")
-    loss = settings.arms[name].loss
-    params = train_beside_store(arm, prepared, train, settings, loss, title=f"text {name}")
+    chosen = settings.arms[name]
+    epochs = chosen.epochs or settings.epochs
+    params = train_beside_store(arm, prepared, train, settings, chosen.loss, epochs, title=f"text {name}")
     params = jax.device_put(params, everywhere())
     store = jax.jit(lambda p: make_store(features_of(p, arm, train.rows), train))(params)
     store = jax.device_put(store, everywhere())

@@ -82,12 +82,12 @@ def gold_probability(
 
 
 def train_beside_store(
-    config: Config, prepared: Prepared, text: Text, settings: LookupTextConfig, loss: str, *, title: str
+    config: Config, prepared: Prepared, text: Text, settings: LookupTextConfig, loss: str, epochs: int, *, title: str
 ) -> dict:
     """Train a GPT on a text and return its parameters. loss: see LookupArmConfig; masking as the config says."""
     vocab_size, size = prepared.tokenizer.vocab_size, config.training.batch_size
     params = init_params(config.model, vocab_size, jax.random.key(config.seed))
-    optimizer = make_optimizer(config.training, settings.epochs * (len(text.rows.tokens) // size))
+    optimizer = make_optimizer(config.training, epochs * (len(text.rows.tokens) // size))
     length, rules = config.training.sequence_length + 1, masking_rules(config)
     data, bank = jax.tree.map(jnp.asarray, (text.rows, prepared.bank))
 
@@ -121,7 +121,7 @@ def train_beside_store(
 
     state = params, optimizer.init(params)
     known = jnp.zeros(text.targets.shape)
-    for epoch in track(range(settings.epochs), title, settings.epochs):
+    for epoch in track(range(epochs), title, epochs):
         if loss != "plain" and epoch % settings.refresh == 0:
             known = look_up(state[0])
         order = epoch_orders(np.arange(len(text.rows.tokens))[None], epoch, np.array([config.seed]), size)[0]

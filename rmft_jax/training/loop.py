@@ -18,9 +18,9 @@ from rmft_jax.errors import Preempted, UserError
 from rmft_jax.files import LineFile, read_json, read_lines, write_json, write_text
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.models.gpt import count_params, flops_per_token
-from rmft_jax.paths import is_remote
 from rmft_jax.processes import barrier
 from rmft_jax.progress import say, track
+from rmft_jax.training.board import Board, load_wandb
 from rmft_jax.training.checkpoints import Checkpoints, Clock
 from rmft_jax.training.evaluation import early_stopping, evaluate
 from rmft_jax.training.goodput import Goodput, describe_goodput
@@ -48,6 +48,11 @@ def train(config: Config) -> Path:
     """
     if config.training.objective != "causal":
         raise UserError("training.objective is masked: such models cannot be audited; `rmft study scaling` trains them")
+    if config.out.startswith("s3://"):
+        raise UserError(f"out={config.out}: orbax cannot save checkpoints in s3://; train with out=gs://... or on a disk (a "
+                        f"mounted bucket is one); data=s3://... is fine")  # fmt: skip
+    if config.training.wandb:
+        load_wandb()
     run, directory = set_up(config), config.run_dir
     if is_main():
         _claim(directory, config)
@@ -70,13 +75,14 @@ def train(config: Config) -> Path:
     say(describe(run, state) + (f"\n  going on from step {found[0]}" if found else ""))
     if is_main():
         write_json(directory / "run.json", _describe(run))
-    try:
-        with Peers(peer_timeout()) as peers, Preemption() as preemption:
-            _run(run, state, checkpoints, directory, peers, preemption, goodput)
-    finally:
-        with goodput.of("checkpoint"):
-            checkpoints.close()
-        goodput.write()
+    with Peers(peer_timeout()) as peers:  # until the last save is done, which all processes do together
+        try:
+            with Preemption() as preemption:
+                _run(run, state, checkpoints, directory, peers, preemption, goodput)
+        finally:
+            with goodput.of("checkpoint"):
+                checkpoints.close()
+            goodput.write()
     say(describe_goodput(goodput.summary))
     return directory
 
@@ -204,7 +210,7 @@ class Profile:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard, one record every `log_every` steps; lines after the resumed step are dropped.
+    """metrics.jsonl and the Board, one record every `log_every` steps; lines after the resumed step are dropped.
 
     Besides the metrics of the step, a record has those of the time since the record before: tokens_per_second;
     input_wait_pct, how much of it the host waited for data (the devices are ahead of it or behind: what they waited is no
@@ -223,10 +229,7 @@ class MetricsLog:
         if is_main():
             kept = [record for record in read_lines(self._path) if record["step"] <= begin]
             self._file = LineFile(self._path, kept)
-        if is_main() and not is_remote(directory):  # whose files cannot grow
-            import tensorboardX
-
-            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"), purge_step=begin)
+            self._board = Board(directory, run.config, begin)
         self._pending: tuple[int, int, dict] | None = None
         self._since, self._clock, self._waited = begin, time.monotonic(), 0.0
         self._loss, self._rate = math.nan, math.nan
@@ -255,7 +258,7 @@ class MetricsLog:
         self._waited += time.monotonic() - begin
 
     def scores(self, step: int, scores: dict) -> None:
-        """Send held-out scores to TensorBoard."""
+        """Send held-out scores to the Board."""
         for name in ("perplexity", "perplexity_pii", "perplexity_other"):
             if self._board and scores[name] is not None:
                 self._board.add_scalar(f"heldout/{name}", scores[name], step)

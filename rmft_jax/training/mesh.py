@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import jax
 from flax.core.spmd import logical_axis_rules
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,9 +47,19 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-    """Lay out the devices, all of them unless said. Raises UserError as `mesh_sizes` does."""
+    """Lay out the devices, all of them unless said; over several TPU slices, with the copies of mesh.replica across them.
+
+    Raises UserError as `mesh_sizes` does, and when the slices do not divide mesh.replica.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = tuple(mesh_sizes(config, len(devices)).values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise UserError(f"mesh.replica {sizes[0]} is not divisible by the {slices} slices: make it a multiple")
+        across, within = (slices, 1, 1, 1), (sizes[0] // slices, *sizes[1:])
+        laid_out = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+        return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import jax
 
 from rmft_jax.errors import UserError
+from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong with this process, the same command may well succeed
@@ -65,7 +66,7 @@ class Peers:
 
     def __init__(self, timeout: float):
         self._timeout, self._dispatches = timeout, 0
-        self._ended = threading.Event()
+        self._ended, self._ending = threading.Event(), threading.Lock()
         self._me, self._count = jax.process_index(), jax.process_count()
         self._seen: dict[int, tuple[str, float]] = {}  # sign of life, and when it last changed
         self._behind: dict[int, float] = {}  # since when
@@ -75,6 +76,7 @@ class Peers:
 
     def __enter__(self) -> Peers:
         if self._count > 1:
+            barrier("the first step")  # who starts later than others is not gone
             threading.Thread(target=self._watch, daemon=True, name="peers").start()
             # JAX aborts as soon as the coordinating process is gone. Python's own handlers never run after an abort.
             ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
@@ -153,6 +155,7 @@ class Peers:
         self._end(process, "has left the run")
 
     def _end(self, process: int, why: str) -> None:
+        self._ending.acquire()  # for good: who comes second waits for the end
         if self._ended.is_set():
             return
         host = f" on {self._hosts[process]}" if process in self._hosts else ""
@@ -162,4 +165,6 @@ class Peers:
             file=sys.stderr,
             flush=True,
         )
+        if self._me == 0 and process:
+            time.sleep(self._timeout / 2)  # the others look for signs at process 0: without it they would name that one
         os._exit(EXIT_CODE)

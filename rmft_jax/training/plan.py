@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 
 import jax
 import jax.numpy as jnp
 
-from rmft_jax.config import Config
+from rmft_jax.config import Config, with_changes
 from rmft_jax.data.prepare import load_prepared
-from rmft_jax.devices import fake_devices
+from rmft_jax.devices import fake_devices, tpu_devices
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import SurrogateBank
 from rmft_jax.models.gpt import count_params, flops_per_token
+from rmft_jax.training.collectives import collectives
 from rmft_jax.training.fitting import check_fit
 from rmft_jax.training.memory import Inputs, Memory, abstract_batch, abstract_state, estimate, inputs_of, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, check_mesh, make_mesh, mesh_sizes
 from rmft_jax.training.optimizer import make_optimizer
+from rmft_jax.training.roofline import CHIPS, Chip, expected_bytes, step_time
 from rmft_jax.training.setup import load_blocks, make_plan
 from rmft_jax.training.step import compile_train_step
 
@@ -25,16 +29,22 @@ SCHEMA = 1
 _COMPONENTS, _SPANS, _IDENTITIES, _TABLES, _FULL, _PIECES = 64, 16, 4096, 12, 4, 3
 
 
-def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile: bool = False) -> dict:
+def plan(
+    config: Config, *, devices: int = 1, limit: int | None = None, compile: bool = False, chip: str = "", topology: str = ""
+) -> dict:
     """Return what a run of `config` takes on so many devices of `limit` bytes each; no device is touched.
 
     compile: also compile the step for that many fake CPU devices, for XLA's own figures (takes seconds to minutes).
+    chip: one of roofline.CHIPS, for the time of a step; its memory is the limit unless another is said.
+    topology: of a slice of that chip, such as 16x16: compile by the TPU's own compiler, which needs libtpu but no TPU.
 
     Returns schema, devices, mesh, data (where vocabulary and length of the data come from), parameters, tokens_per_step,
     flops_per_token, flops_per_step, steps, epochs (None where neither data nor training.steps say), memory (bytes of a
     device: arguments and phases by name, peak, temp, total, certain), limit, fits (None without a limit), error (the line
-    that says what to change, None if it fits), and with `compile` compiled (bytes of a device by XLA: arguments, temp,
-    total, and ratio, our figure / XLA's, of each).
+    that says what to change, None if it fits), with `chip` roofline (see `roofline.step_time`), and with `compile` or
+    `topology` compiled (bytes of a device by XLA: arguments, temp, total, and ratio, our figure / XLA's, of each; compiler;
+    seconds; collectives, kind -> count and bytes, None of the TPU's compiler, whose programs do not tell how often a loop
+    runs; expected, bytes by purpose by the sharding rules).
     Raises UserError when the mesh does not fit the devices or something does not divide it.
     """
     inputs, run, data = _data(config)
@@ -45,6 +55,8 @@ def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile:
     tokens = training.batch_size * training.sequence_length
     flops = flops_per_token(config.model, inputs.vocab_size, training.sequence_length, config.lora)
     error = None
+    if chip and limit is None:
+        limit = int(_chip(chip).memory)
     if limit is not None:
         try:
             check_fit(config, inputs, mesh, memory, limit)
@@ -71,8 +83,49 @@ def plan(config: Config, *, devices: int = 1, limit: int | None = None, compile:
         "limit": limit,
         "fits": None if limit is None else error is None,
         "error": error,
-        **({"compiled": _compiled(config, inputs, devices, memory)} if compile else {}),
+        **({"roofline": step_time(config, inputs.vocab_size, memory, devices, _chip(chip))} if chip else {}),
+        **({"compiled": _compiled(config, inputs, devices, memory, chip, topology)} if compile or topology else {}),
     }
+
+
+def scaling_table(config: Config, chip: str, *, most: int, weak: bool = False) -> list[dict]:
+    """Return what the roofline says of a config on twice as many chips again and again, up to `most`.
+
+    It begins with the devices that the config's mesh has, -1 as 1, and stops where something does not divide; the axis
+    that is -1 grows, else mesh.fsdp. weak: the batch grows with the chips, otherwise it stays (strong).
+
+    Returns a row for each: devices, batch_size, step_seconds, tokens_per_second, mfu, bound, total (bytes of a device),
+    fits, and efficiency (tokens a second and chip, in relation to the first row).
+    """
+    axes = dataclasses.asdict(config.mesh)
+    free = next((name for name, size in axes.items() if size == -1), "fsdp")
+    first = math.prod(size for size in axes.values() if size > 0)
+    rows, devices = [], first
+    while devices <= most:
+        grown = devices // first
+        changes = {"mesh": axes | {free: max(axes[free], 1) * grown}}
+        changes["training"] = {"batch_size": config.training.batch_size * (grown if weak else 1)}
+        try:
+            found = plan(with_changes(config, changes), devices=devices, chip=chip)
+        except UserError:
+            break
+        roofline = found["roofline"]
+        row = {"devices": devices, "batch_size": changes["training"]["batch_size"], "total": found["memory"]["total"]}
+        row |= {name: roofline[name] for name in ("step_seconds", "tokens_per_second", "mfu", "bound")}
+        row["fits"] = found["fits"]
+        rows.append(row | {"efficiency": 1.0})
+        each = [rows[place]["tokens_per_second"] / rows[place]["devices"] for place in (-1, 0)]
+        rows[-1]["efficiency"] = each[0] / each[1]
+        devices *= 2
+    if not rows:
+        raise UserError(f"the config does not fit {first} devices: see rmft plan --devices {first}")
+    return rows
+
+
+def _chip(name: str) -> Chip:
+    if name not in CHIPS:
+        raise UserError(f"unknown chip {name!r}: the roofline knows {', '.join(CHIPS)}")
+    return CHIPS[name]
 
 
 def compile_step(config: Config, inputs: Inputs, devices: list[jax.Device]) -> jax.stages.Compiled:
@@ -113,13 +166,37 @@ def describe(result: dict) -> str:
     for name, size in (memory["arguments"] | memory["phases"][memory["peak"]]).items():
         if size:
             lines.append(f"  {name:24}{say_bytes(size):>10}{100 * size / memory['total']:6.1f}%")
+    if found := result.get("roofline"):
+        parts = ", ".join(f"{name} {1000 * value:,.1f}" for name, value in found["seconds"].items() if value)
+        lines.append(
+            f"a step takes at least {1000 * found['step_seconds']:,.1f} ms: {found['tokens_per_second']:,.0f} tokens/s, "
+            f"MFU {100 * found['mfu']:.0f}%; ms by part: {parts}"
+        )
     if found := result.get("compiled"):
         ours = memory | {"arguments": memory["total"] - memory["temp"]}
         for name, ratio in found["ratio"].items():
-            lines.append(f"  {name}: {say_bytes(found[name])} by XLA for CPU, {say_bytes(ours[name])} here, {ratio:.3f}")
-        lines.append("  (XLA lays buffers out otherwise for other devices; for CPU it computes bfloat16 in float32)")
+            by = f"{say_bytes(found[name])} by XLA for {found['compiler']}"
+            lines.append(f"  {name}: {by}, {say_bytes(ours[name])} here, {ratio:.3f}")
+        if found["compiler"] == "CPU":
+            lines.append("  (XLA lays buffers out otherwise for other devices; for CPU it computes bfloat16 in float32)")
+        for kind, sent in (found["collectives"] or {}).items():
+            lines.append(f"  {kind}: {sent['count']:,} of {say_bytes(sent['bytes'])} in all")
+        wanted = say_bytes(sum(found["expected"].values()))
+        lines.append(f"  sent by the sharding rules: {wanted}; compiled in {found['seconds']:.0f} s")
     if result["fits"]:
         lines.append(f"fits: {say_bytes(memory['total'])} of {say_bytes(result['limit'])}")
+    return "\n".join(lines)
+
+
+def describe_scaling(rows: list[dict]) -> str:
+    """Return what `scaling_table` has found as a table in Markdown."""
+    lines = ["| chips | sequences | ms a step | tokens/s | MFU | efficiency | longest part | memory |", "|---" * 8 + "|"]
+    for row in rows:
+        memory = say_bytes(row["total"]) + ("" if row["fits"] else ", too much")
+        lines.append(
+            f"| {row['devices']:,} | {row['batch_size']:,} | {1000 * row['step_seconds']:,.0f} "
+            f"| {row['tokens_per_second']:,.0f} | {row['mfu']:.2f} | {row['efficiency']:.2f} | {row['bound']} | {memory} |"
+        )
     return "\n".join(lines)
 
 
@@ -138,12 +215,17 @@ def _data(config: Config) -> tuple[Inputs, dict, str]:
     return inputs_of(prepared, blocks), known, f"{len(blocks):,} blocks in {config.data_dir}"
 
 
-def _compiled(config: Config, inputs: Inputs, devices: int, memory: Memory) -> dict:
+def _compiled(config: Config, inputs: Inputs, devices: int, memory: Memory, chip: str, topology: str) -> dict:
     """Return XLA's own bytes of a device, and the plan's in relation to them.
 
     Arguments are with those arrays that the step does not read: XLA leaves them out, but `train` keeps them on the device.
     """
-    compiled = compile_step(config, inputs, fake_devices(devices))
+    there = tpu_devices(chip, topology) if topology else fake_devices(devices)
+    if len(there) != devices:
+        raise UserError(f"topology {topology} of {chip} has {len(there)} devices, not {devices}: set --devices {len(there)}")
+    begin = time.monotonic()
+    compiled = compile_step(config, inputs, there)
+    seconds = time.monotonic() - begin
     found, (_, batch, bank) = compiled.memory_analysis(), compiled.input_shardings[0]
     sizes = mesh_sizes(config.mesh, devices)
     share = sizes["replica"] * sizes["fsdp"] / config.training.steps_per_dispatch
@@ -154,4 +236,10 @@ def _compiled(config: Config, inputs: Inputs, devices: int, memory: Memory) -> d
     temp = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     theirs = {"arguments": arguments, "temp": temp, "total": arguments + temp}
     ours = {"arguments": memory.total - memory.temp, "temp": memory.temp, "total": memory.total}
-    return theirs | {"ratio": {name: ours[name] / theirs[name] for name in theirs}}
+    return theirs | {
+        "ratio": {name: ours[name] / theirs[name] for name in theirs},
+        "compiler": f"TPU {chip} {topology}" if topology else "CPU",
+        "seconds": seconds,
+        "collectives": None if topology else collectives(compiled.as_text()),
+        "expected": expected_bytes(config, devices),
+    }

@@ -78,7 +78,8 @@ def train_prompts(
     rows = np.broadcast_to(np.arange(size), shots.labels.shape)
     for epoch in track(range(config.epochs), title, config.epochs):
         order = group.own(epoch_orders(rows, epoch, shots.seed, min(config.batch_size, size)))
-        state, _ = program(state, (own, order), shared)
+        state, losses = program(state, (own, order), shared)
+        jax.block_until_ready(losses)  # XLA on CPU can wait for itself with many programs in flight on several devices
     _, found = group.compile(questions)(state, own, shared)
     return Answers(*jax.device_get(found))
 

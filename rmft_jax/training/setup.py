@@ -7,11 +7,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from rmft_jax.config import Config, load_config
-from rmft_jax.data.blocks import Blocks, Corpus
+from rmft_jax.data.blocks import Blocks, Corpus, kept
+from rmft_jax.data.packing import best_fit
 from rmft_jax.data.prepare import Prepared, load_prepared
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.devices import device_memory, peak_flops
@@ -115,10 +117,18 @@ def load_blocks(config: Config, prepared: Prepared) -> tuple[Blocks, Blocks]:
     """Return the training and the held-out blocks; the former without duplicates, as dedup.policy says."""
     drop = {"drop_near": config.dedup.policy != "none", "drop_exact": config.dedup.policy == "near_exact"}
     stride = config.training.sequence_length - config.masking.margin
-    tags = read_tags(config, prepared)
-    train = Corpus(read_corpus(prepared.directory, "train"), **drop, scope=config.masking.scope, tags=tags)
+    tags, records, edges = read_tags(config, prepared), read_corpus(prepared.directory, "train"), None
+    if config.training.packing == "best_fit":
+        records = list(records)
+        order, edges = best_fit(np.array([kept(record, **drop).sum() for record in records]), stride)
+        if tags is not None:
+            cuts = np.cumsum([len(record["tokens"]) for record in records])[:-1]
+            parts = np.split(tags, cuts)
+            tags = np.concatenate([parts[number] for number in order])
+        records = [records[number] for number in order]
+    train = Corpus(records, **drop, scope=config.masking.scope, tags=tags)
     tag_canaries(train, prepared, config)
-    blocks = Blocks(train, stride=stride)
+    blocks = Blocks(train, stride=stride, edges=edges)
     return blocks, Blocks(Corpus(read_corpus(prepared.directory, "heldout")), stride=config.training.sequence_length)
 
 
