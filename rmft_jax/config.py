@@ -772,6 +772,7 @@ class CaptionedSetConfig:
     score_at: epochs at which all is measured; epochs too, always. neighbours: k. recall_at: what retrieval is measured at.
     together: all models in one batched program, false = one after the other.
     arms: name -> a way to train; the first one is without a defence.
+    optional: leave the set out, and say so, where the file `path` is not there; else that is an error.
     """
 
     images: str = "glyphs"
@@ -792,6 +793,7 @@ class CaptionedSetConfig:
     recall_at: tuple[int, ...] = (1, 10)
     together: bool = True
     arms: dict[str, DejaVuArmConfig] = field(default_factory=dict)
+    optional: bool = False
 
 
 @dataclass(frozen=True)

@@ -302,8 +302,9 @@ TINY = [
 ]  # fmt: skip
 
 
-def test_the_study_as_a_whole_goes_on_and_can_be_shown(tmp_path):
-    config = load_config(None, [*TINY, f"out={tmp_path}"])
+def test_the_study_as_a_whole_goes_on_and_can_be_shown(tmp_path, capsys):
+    more = "study.deja_vu.sets.emoji={images: emoji, path: nowhere.npz, optional: true}"
+    config = load_config(None, [*TINY, more, f"out={tmp_path}"])
     results = run_study("deja-vu", config, command="rmft study deja-vu")
     claims = {claim["id"]: claim for claim in results["claims"]}
     assert claims["glyphs-same-prg"]["measured"] == 0 and claims["glyphs-same-prg"]["holds"]
@@ -315,6 +316,8 @@ def test_the_study_as_a_whole_goes_on_and_can_be_shown(tmp_path):
     before = (tmp_path / "parts" / "glyphs-0.json").stat().st_mtime_ns
     assert run_study("deja-vu", config, command="rmft study deja-vu")["claims"] == results["claims"]
     assert (tmp_path / "parts" / "glyphs-0.json").stat().st_mtime_ns == before
+    assert {claim["id"].split("-")[0] for claim in results["claims"]} == {"glyphs"}
+    assert "without the set emoji, as nowhere.npz is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("override", "message"), [

@@ -22,6 +22,7 @@ from rmft_jax.memorization.deja_vu import (
     survival_curve,
 )
 from rmft_jax.models.dual_encoder import KINDS
+from rmft_jax.progress import say
 from rmft_jax.studies.parts import claim_over_seeds, curve, frame, over_seeds, part
 from rmft_jax.training.dual_encoders import train_dual_encoders
 
@@ -38,7 +39,7 @@ def run(config: Config, *, command: str = "rmft study deja-vu") -> dict:
     The same call goes on where an earlier one was interrupted; results.json appears after the first part.
     Raises UserError, before anything is trained, when the settings break a rule or images cannot be read.
     """
-    sets, out = config.study.deja_vu.sets, Path(config.out)
+    sets, out = {name: one for name, one in config.study.deja_vu.sets.items() if _is_there(name, one)}, Path(config.out)
     if not sets:
         raise UserError("study.deja_vu.sets is empty: see configs/studies/deja_vu_cpu.yaml for some")
     data = {name: _checked(name, settings, config.seed) for name, settings in sets.items()}
@@ -48,11 +49,20 @@ def run(config: Config, *, command: str = "rmft study deja-vu") -> dict:
     for number, (name, seed) in enumerate(todo, 1):
         title = f"study deja-vu: part {number} of {len(todo)}, {name}, seed {seed}"
         settings = dataclasses.asdict(sets[name]) | {"seed": seed, "data_seed": config.seed}
+        settings.pop("optional")
         make = lambda: _train(sets[name], data[name], seed, f"{name}, seed {seed}")  # noqa: B023, E731
         findings.setdefault(name, []).append(part(out / "parts" / f"{name}-{seed}.json", settings, make, title))
         results = frame("deja-vu", command, len(seeds), number, len(todo)) | _results(findings, sets)
         write_json(out / "results.json", results)
     return results
+
+
+def _is_there(name: str, settings: CaptionedSetConfig) -> bool:
+    """Return whether a set can be run; of one that is optional, say which file it lacks."""
+    if not settings.optional or Path(settings.path).exists():
+        return True
+    say(f"study deja-vu: without the set {name}, as {settings.path} is not there")
+    return False
 
 
 def _checked(name: str, settings: CaptionedSetConfig, seed: int) -> CaptionedImages:
