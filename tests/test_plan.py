@@ -16,7 +16,7 @@ from rmft_jax.bench import scaling
 from rmft_jax.config import load_config
 from rmft_jax.devices import tpu_devices
 from rmft_jax.errors import UserError
-from rmft_jax.training import loop
+from rmft_jax.training import loop, setup
 from rmft_jax.training.collectives import collectives
 from rmft_jax.training.memory import estimate, parse_bytes, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, make_mesh, shardings_for
@@ -158,14 +158,14 @@ def test_planning_touches_no_device(monkeypatch):
 
 def test_steps_and_epochs_are_those_of_the_data(tiny, prepared):
     config = tiny("mesh.replica=1", "training.epochs=3")
-    result, (blocks, _) = plan(config), loop.load_blocks(config, prepared)
-    assert result["steps"] == loop.make_plan(config, len(blocks)).steps
+    result, (blocks, _) = plan(config), setup.load_blocks(config, prepared)
+    assert result["steps"] == setup.make_plan(config, len(blocks)).steps
     assert result["epochs"] == pytest.approx(3, rel=0.1) and "blocks in" in result["data"]
 
 
 def test_train_refuses_what_cannot_fit_before_it_compiles_or_writes(tiny, monkeypatch):
     monkeypatch.setattr(jax, "jit", None)
-    monkeypatch.setattr(loop, "device_memory", lambda: 100_000)
+    monkeypatch.setattr(setup, "device_memory", lambda: 100_000)
     config = tiny("name=large")
     with pytest.raises(UserError, match="a step takes at least .* of each device, which has 100 kB; .* device"):
         loop.train(config)
