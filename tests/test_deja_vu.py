@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sklearn.metrics import precision_recall_fscore_support
 from sklearn.neighbors import NearestNeighbors
 
-from rmft_jax.config import CaptionedSetConfig, DejaVuArmConfig, DualEncoderConfig, load_config
+from rmft_jax.config import load_config
 from rmft_jax.data.captions import glyph_world, load_captions, tokenize_captions
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import (
@@ -28,6 +28,7 @@ from rmft_jax.memorization.deja_vu import audit_vlm, predict, retrieval_recall, 
 from rmft_jax.models.dual_encoder import KINDS, encode_images, encode_texts, init_dual_encoder
 from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
+from rmft_jax.study_config import CaptionedSetConfig, DejaVuArmConfig, DualEncoderConfig
 from rmft_jax.training.dual_encoders import caption_bank, caption_batch, train_dual_encoders
 
 RNG = np.random.default_rng(0)

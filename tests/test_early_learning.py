@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from rmft_jax.config import LinearNoiseConfig, NoisyLabelsConfig, load_config
+from rmft_jax.config import load_config
 from rmft_jax.data.images import Images
 from rmft_jax.data.loader import batches
 from rmft_jax.errors import UserError
@@ -28,6 +28,7 @@ from rmft_jax.kernels import (
 from rmft_jax.models.gpt import forward
 from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
+from rmft_jax.study_config import LinearNoiseConfig, NoisyLabelsConfig
 from rmft_jax.training.linear_noise import descend, noisy_clouds
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.members import Members, epoch_orders

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from rmft_jax.config import FoldedImagesConfig, load_config, with_changes
+from rmft_jax.config import load_config, with_changes
 from rmft_jax.data.blocks import Blocks, Corpus
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
@@ -18,6 +18,7 @@ from rmft_jax.models.vae import ConvVAE, DenseVAE, elbo, gaussian_log_density
 from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
 from rmft_jax.studies.m_score import neighbour_ratio
+from rmft_jax.study_config import FoldedImagesConfig
 from rmft_jax.training.folds import FoldTrainer, fold_rows, log_likelihood
 
 

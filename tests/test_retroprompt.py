@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_cli import rmft
 
-from rmft_jax.config import LookupTextConfig, ModelConfig, PromptSetConfig, load_config
+from rmft_jax.config import ModelConfig, load_config
 from rmft_jax.data.labelled import cloze_rows, generate_reviews, generate_unlabelled, load_labelled, word_ids
 from rmft_jax.errors import UserError
 from rmft_jax.generation.greedy import make_greedy_decoder
@@ -18,6 +18,7 @@ from rmft_jax.report.html import claims_table, render, text_table
 from rmft_jax.studies import run_study
 from rmft_jax.studies.retroprompt import _results
 from rmft_jax.studies.retroprompt_text import text_results
+from rmft_jax.study_config import LookupTextConfig, PromptSetConfig
 from rmft_jax.training.lookup import Text, gold_probability, make_store
 from rmft_jax.training.prompts import Shots, train_prompts
 

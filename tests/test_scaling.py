@@ -15,7 +15,7 @@ import yaml
 from documents import SMALL
 from test_report import Page, resolve
 
-from rmft_jax.config import ArmConfig, ExperimentConfig, load_config
+from rmft_jax.config import load_config
 from rmft_jax.data.loader import batches
 from rmft_jax.data.prepare import load_prepared
 from rmft_jax.errors import UserError
@@ -32,6 +32,7 @@ from rmft_jax.studies.scaling_results import (
     times_until,
     updates_until,
 )
+from rmft_jax.study_config import ArmConfig, ExperimentConfig
 from rmft_jax.training.loop import train
 from rmft_jax.training.losses import ask, dropout_key, shown_tokens
 from rmft_jax.training.masking import masking_key, masking_rules

@@ -7,9 +7,10 @@ import time
 import numpy as np
 
 from rmft_jax.bench import environment
-from rmft_jax.config import Config, FoldedImagesConfig
+from rmft_jax.config import Config
 from rmft_jax.errors import UserError
 from rmft_jax.progress import track
+from rmft_jax.study_config import FoldedImagesConfig
 from rmft_jax.training.folds import FoldTrainer, fold_rows
 
 IMAGES, FOLDS, REPETITIONS, EPOCHS = 1000, 5, 2, 3

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rmft_jax.config import DualEncoderConfig, ModelConfig
+from rmft_jax.config import ModelConfig
 from rmft_jax.kernels import attention
 from rmft_jax.models import classifier, gpt
+from rmft_jax.study_config import DualEncoderConfig
 
 KINDS = (*classifier.KINDS[:2], "vit")
 FIRST_SCALE = 1 / 0.07  # of the logits: one over the temperature

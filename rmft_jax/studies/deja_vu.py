@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmft_jax.config import CaptionedSetConfig, Config, ModelConfig, model_rules
+from rmft_jax.config import Config, ModelConfig, model_rules
 from rmft_jax.data.captions import CaptionedImages, load_captions, tokenize_captions
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_json
@@ -24,6 +24,7 @@ from rmft_jax.memorization.deja_vu import (
 from rmft_jax.models.dual_encoder import KINDS
 from rmft_jax.progress import say
 from rmft_jax.studies.parts import claim_over_seeds, curve, frame, over_seeds, part
+from rmft_jax.study_config import CaptionedSetConfig
 from rmft_jax.training.dual_encoders import train_dual_encoders
 
 SOURCE = "arXiv 2402.02103"

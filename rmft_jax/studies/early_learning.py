@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmft_jax.config import Config, LinearNoiseConfig, NoisyLabelsConfig
+from rmft_jax.config import Config
 from rmft_jax.data.images import load_images
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_json
 from rmft_jax.models.classifier import KINDS
 from rmft_jax.studies.early_learning_claims import linear_claims, set_claims
 from rmft_jax.studies.parts import curve, frame, over_seeds, part
+from rmft_jax.study_config import LinearNoiseConfig, NoisyLabelsConfig
 from rmft_jax.training.linear_noise import descend, noisy_clouds
 from rmft_jax.training.noisy_labels import Member, train_on_wrong_labels, wrong_labels
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rmft_jax.config import Config, FoldedImagesConfig, to_dict
+from rmft_jax.config import Config, to_dict
 from rmft_jax.data.images import Images, load_images
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_json
@@ -21,6 +21,7 @@ from rmft_jax.models.vae import KINDS
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.m_score_text import arm_configs, text_results, train_arm
 from rmft_jax.studies.parts import bootstrap, frame, part, rank_correlation, size_interval
+from rmft_jax.study_config import FoldedImagesConfig
 from rmft_jax.training.folds import fold_rows, train_folds
 
 SOURCE = "arXiv 2106.03216"

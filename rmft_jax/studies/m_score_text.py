@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmft_jax.config import Config, StudyConfig, with_changes
+from rmft_jax.config import Config, with_changes
 from rmft_jax.data.blocks import Blocks, Corpus, all_rows
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
@@ -24,6 +24,7 @@ from rmft_jax.kernels import TaggedBatch, m_score, min_k_score
 from rmft_jax.progress import track
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, rank_correlation, size_interval
+from rmft_jax.study_config import StudyConfig
 from rmft_jax.training.folds import fold_rows
 from rmft_jax.training.members import epoch_orders
 from rmft_jax.training.side_by_side import SideBySide

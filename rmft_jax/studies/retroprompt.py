@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rmft_jax.config import Config, ModelConfig, PromptSetConfig, TokenizerConfig, load_config, to_dict
+from rmft_jax.config import Config, ModelConfig, TokenizerConfig, load_config, to_dict
 from rmft_jax.data.labelled import LabelledTexts, cloze_rows, generate_unlabelled, load_labelled, word_ids
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +26,7 @@ from rmft_jax.progress import say
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, curve, frame, over_seeds, part, rank_correlation
 from rmft_jax.studies.retroprompt_text import arm_configs, text_results, train_arm
+from rmft_jax.study_config import PromptSetConfig
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.prompts import Answers, Shots, pretrain, train_prompts
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rmft_jax.config import Config, LookupTextConfig, StudyConfig, with_changes
+from rmft_jax.config import Config, with_changes
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.devices import everywhere
 from rmft_jax.errors import UserError
@@ -24,6 +24,7 @@ from rmft_jax.memorization.prompts import build_prompts
 from rmft_jax.memorization.rates import bootstrap_counts, clopper_pearson, percentile_interval, resample
 from rmft_jax.models.gpt import output_matrix
 from rmft_jax.studies.claims import claim
+from rmft_jax.study_config import LookupTextConfig, StudyConfig
 from rmft_jax.training.lookup import Text, features_of, gold_probability, make_store, train_beside_store
 
 QUESTION = "asked here"

@@ -9,7 +9,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from rmft_jax.config import Config, StudyConfig, to_dict, with_changes
+from rmft_jax.config import Config, to_dict, with_changes
 from rmft_jax.data.prepare import prepare
 from rmft_jax.data.tokenizer import tokenizer_path
 from rmft_jax.errors import UserError
@@ -18,6 +18,7 @@ from rmft_jax.memorization.compare import comparison
 from rmft_jax.memorization.extraction import audit
 from rmft_jax.progress import say
 from rmft_jax.studies.rmft_claims import rmft_claims
+from rmft_jax.study_config import StudyConfig
 from rmft_jax.training.loop import train
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rmft_jax.config import ArmConfig, Config, ExperimentConfig, StudyConfig, first_difference, plain, to_dict, with_changes
+from rmft_jax.config import Config, first_difference, plain, to_dict, with_changes
 from rmft_jax.data.blocks import Blocks, all_rows, fill_up
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
@@ -24,6 +24,7 @@ from rmft_jax.files import read_json, write_bytes, write_json
 from rmft_jax.kernels import TaggedBatch
 from rmft_jax.progress import say, track
 from rmft_jax.studies.scaling_results import scaling_results, updates_until
+from rmft_jax.study_config import ArmConfig, ExperimentConfig, StudyConfig
 from rmft_jax.training.setup import load_blocks
 from rmft_jax.training.side_by_side import SIT_OUT, SideBySide, fills_devices, ordinary_rows
 from rmft_jax.training.tracker import TrackerShape, slice_names, tracker_shape

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmft_jax.config import CaptionedSetConfig, DejaVuArmConfig
 from rmft_jax.data.captions import CaptionedImages, CaptionTokens
 from rmft_jax.kernels import Rule, SurrogateBank, TaggedBatch, contrastive_loss, mask_batch
 from rmft_jax.models.dual_encoder import encode_images, encode_texts, init_dual_encoder
 from rmft_jax.progress import track
+from rmft_jax.study_config import CaptionedSetConfig, DejaVuArmConfig
 from rmft_jax.training.members import Members, epoch_orders
 
 _SCORED = 500  # records at once

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from rmft_jax.config import FoldedImagesConfig
 from rmft_jax.kernels import importance_weighted_log_likelihood
 from rmft_jax.models.vae import elbo, gaussian_log_density, make_vae
 from rmft_jax.progress import track
+from rmft_jax.study_config import FoldedImagesConfig
 from rmft_jax.training.members import Members, epoch_orders
 
 _IMAGES, _SAMPLES = 64, 16  # held at once when likelihoods are estimated

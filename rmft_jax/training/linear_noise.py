@@ -11,8 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rmft_jax.config import LinearNoiseConfig
 from rmft_jax.kernels import clipped_softmax, elr_loss, elr_update_target
+from rmft_jax.study_config import LinearNoiseConfig
 
 
 def noisy_clouds(config: LinearNoiseConfig, key: jax.Array) -> dict:

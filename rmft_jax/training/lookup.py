@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmft_jax.config import Config, LookupTextConfig
+from rmft_jax.config import Config
 from rmft_jax.data.blocks import Blocks, Corpus, all_rows
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.data.tagged_corpus import read_corpus
@@ -27,6 +27,7 @@ from rmft_jax.kernels import (
 )
 from rmft_jax.models.gpt import hidden, init_params, output_matrix
 from rmft_jax.progress import track
+from rmft_jax.study_config import LookupTextConfig
 from rmft_jax.training.masking import masking_key, masking_rules
 from rmft_jax.training.members import epoch_orders
 from rmft_jax.training.optimizer import make_optimizer

@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from rmft_jax.config import NoisyLabelsConfig
 from rmft_jax.data.images import Images
 from rmft_jax.kernels import average_weights, clipped_softmax, elr_loss, elr_update_target, kl_loss, mixup
 from rmft_jax.models.classifier import make_classifier
 from rmft_jax.progress import track
+from rmft_jax.study_config import NoisyLabelsConfig
 from rmft_jax.training.members import Members, epoch_orders
 
 _SCORED = 512  # images at once

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rmft_jax.config import Config, PromptSetConfig
+from rmft_jax.config import Config
 from rmft_jax.kernels import (
     Datastore,
     cross_entropy,
@@ -26,6 +26,7 @@ from rmft_jax.kernels import (
 from rmft_jax.models.cloze import Cloze, Prompts
 from rmft_jax.models.gpt import hidden, init_params, output_matrix
 from rmft_jax.progress import track
+from rmft_jax.study_config import PromptSetConfig
 from rmft_jax.training.members import Members, epoch_orders
 from rmft_jax.training.optimizer import make_optimizer
 
