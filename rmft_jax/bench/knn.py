@@ -99,10 +99,10 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
 def _fewest(search: Search, exact: np.ndarray, clusters: int) -> int:
     """Return how many cells an approximate search must visit, 0 for an exact one."""
-    probes = 4
-    while search.build_s is not None and probes < clusters and recall(search.find(probes), exact) < _ENOUGH:
+    probes, most = 4, 2 * clusters  # ours has that many cells
+    while search.build_s is not None and 2 * probes <= most and recall(search.find(probes), exact) < _ENOUGH:
         probes *= 2
-    return 0 if search.build_s is None else min(probes, clusters)
+    return 0 if search.build_s is None else probes
 
 
 def _vectors(keys: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
