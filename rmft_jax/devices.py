@@ -152,8 +152,8 @@ def by_rows(function: Callable) -> Callable:
 
     rows: an array [N, ...], any N; shared: arrays that every device holds whole. What comes back has an axis of N first.
     """
-    specs = {"in_specs": (P("rows"), P()), "out_specs": P("rows")}
-    run = jax.jit(jax.shard_map(function, mesh=_line(), check_vma=False, **specs))
+    line, rows = _line(), P("rows")
+    run = jax.jit(jax.shard_map(function, mesh=line, in_specs=(rows, P()), out_specs=rows, check_vma=False))
 
     def call(rows: np.ndarray, shared):
         more = rows_for(len(rows)) - len(rows)

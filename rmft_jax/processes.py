@@ -9,6 +9,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -108,7 +109,8 @@ def barrier(name: str, seconds: float | None = None) -> None:
         return
     from jax._src import distributed  # there is no public way to the service
 
-    client, seconds = distributed.global_state.client, seconds or join_timeout()
+    client: Any = distributed.global_state.client
+    seconds = seconds or join_timeout()
     _barriers[name] += 1
     place = f"rmft_jax/barriers/{name}/{_barriers[name]}"
     client.key_value_set(f"{place}/{jax.process_index()}", socket.gethostname())
@@ -125,7 +127,8 @@ def _explicit(environ: Mapping[str, str]) -> Launch | None:
         return None
     if not re.fullmatch(r".+:\d{1,5}", address) or not all(number.isdigit() for number in numbers):
         raise UserError(f"of {', '.join(_EXPLICIT)} not all are set, or not to host:port and numbers: set each, or none")
-    return Launch("JAX_PROCESS_ID", address, *map(int, numbers))
+    processes, process = map(int, numbers)
+    return Launch("JAX_PROCESS_ID", address, processes, process)
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
@@ -171,7 +174,7 @@ def _tpu(seconds: float) -> Launch | None:
 def first_host(nodes: str) -> str:
     """Return the first host of a list as SLURM writes it: a, a,b, node[001-004,7],b or rack[1-2]-x."""
     found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodes)
-    return "".join(part or "" for part in found.groups())
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _own(local: int, here: int, environ: Mapping[str, str]) -> tuple[int, ...] | None:
@@ -193,7 +196,7 @@ def _gather(launch: Launch, deadline: float) -> str:
     """Take the reports of all others, as process 0; answer each of them. Returns what is answered."""
     seconds = deadline - time.monotonic()
     port, here, waiting = int(launch.address.rsplit(":", 1)[1]), {0: socket.gethostname()}, []
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+    both: dict[str, Any] = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     try:
         server = socket.create_server(("", port), backlog=launch.processes, **both)
     except OSError as error:

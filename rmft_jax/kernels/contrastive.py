@@ -16,7 +16,7 @@ def contrastive_loss(image: jax.Array, text: jax.Array, scale: jax.Array, *, axi
 
     Source: Radford et al. 2021, arXiv 2103.00020, figure 3.
     """
-    every_image, every_text, first = image, text, 0
+    every_image, every_text, first = image, text, jnp.int32(0)
     if axis_name is not None:
         every_image, every_text = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (image, text))
         first = jax.lax.axis_index(axis_name) * len(image)

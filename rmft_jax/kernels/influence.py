@@ -88,7 +88,7 @@ def influence(measured: Tree, solved: Tree) -> jax.Array:
     of N examples, the measure changes by about -1/N times this. Source: Koh & Liang 2017, equation 2.
     """
     pairs = zip(jax.tree.leaves(measured), jax.tree.leaves(solved), strict=True)
-    return -sum(jnp.vdot(a, b) for a, b in pairs)
+    return -sum((jnp.vdot(a, b) for a, b in pairs), jnp.float32(0))
 
 
 def self_influence(
@@ -147,4 +147,5 @@ def tangent_kernel(outputs: Callable, params: Tree, examples: Any, *, batch_size
     of_example = lambda example: jax.jacrev(lambda params: outputs(params, example))(params)  # noqa: E731
     rows = jax.lax.map(of_example, examples, batch_size=batch_size)
     flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(rows)]
-    return sum(jnp.einsum("ncp,mdp->ncmd", leaf, leaf, precision="highest") for leaf in flat)
+    products = (jnp.einsum("ncp,mdp->ncmd", leaf, leaf, precision="highest") for leaf in flat)
+    return sum(products, jnp.float32(0))
