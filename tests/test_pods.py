@@ -300,6 +300,7 @@ def test_hosts_begin_again_when_one_is_lost(machines):
     assert do("ssh.sh", "resume", *HOSTS, *OUT).returncode == 0
     done = do("ssh.sh", "watch", "--every", "1", *HOSTS)
     assert done.returncode == 0, done.stderr
+    wait_for(lambda: "1 of 2" in do("ssh.sh", "logs", *HOSTS).stdout)  # the one may be through before the other has begun
     said = do("ssh.sh", "logs", *HOSTS).stdout
     assert "a:8476 1 of 2: train configs/enron_cpu.yaml training.steps=100 name=it's out=/shared/run" in said
     assert re.findall(r"^(\S+): training ended with exit code 0$", said, re.MULTILINE) == ["me@a", "b"]

@@ -30,7 +30,7 @@ from rmft_jax.kernels import (
 )
 from rmft_jax.memorization import compare
 from rmft_jax.models import gpt
-from rmft_jax.training import loop, privacy
+from rmft_jax.training import loop, privacy, setup
 from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.evaluation import early_stopping
 from rmft_jax.training.losses import loss_and_gradient, token_weights, weighted_loss
@@ -201,7 +201,7 @@ def test_a_token_without_weight_teaches_nothing(tiny, prepared):
 def start(config, prepared):
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     optimizer = make_optimizer(config.training, 100)
-    blocks, _ = loop.load_blocks(config, prepared)
+    blocks, _ = setup.load_blocks(config, prepared)
     state = init_state(config, prepared.tokenizer.vocab_size, prepared.identities, optimizer, blocks=len(blocks))
     state = jax.device_put(state, shardings_for(state, mesh))
     source = batches(blocks, batch_size=config.training.batch_size, seed=config.seed)
@@ -320,14 +320,14 @@ def test_a_run_stops_hands_over_its_best_checkpoint_and_says_so(tiny, tmp_path, 
     values = iter([9.0, 7.0, 7.5, 7.0, 1.0, 1.0])
     scores = lambda *a, **k: {"perplexity": next(values), "perplexity_pii": 1.0, "perplexity_other": None}  # noqa: E731
     monkeypatch.setattr(loop, "evaluate", scores)
-    monkeypatch.setattr(loop, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda mesh: make_mesh(mesh, jax.devices()[:1]))
     run = loop.train(config)
     about, evaluation = (json.loads((run / name).read_text()) for name in ("run.json", "evaluation.json"))
     stop = {"patience": 2, "step": 8, "best_step": 4, "stopped": True}
     assert about["early_stopping"] == evaluation["early_stopping"] == stop
     assert Checkpoints.open(run)[0].steps() == [2, 4, 6, 8]
 
-    accountant = privacy.resolve_privacy(config, len(loop.load_blocks(config, loop.load_prepared(config))[0]), 12)[1]
+    accountant = privacy.resolve_privacy(config, len(setup.load_blocks(config, setup.load_prepared(config))[0]), 12)[1]
     assert about["privacy"] == accountant.describe(8) and about["privacy"]["steps"] == 8
     assert about["privacy"]["epsilon_by_sampling"]["poisson"] > accountant.epsilon(2, "poisson")
     assert "block" in about["privacy"]["unit"] and about["method"] == "early_stopping+dp"
