@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -543,8 +544,9 @@ def _fault_of_the_machine(error: Exception) -> str | None:
     if isinstance(error, OSError) and (fault := disk_fault(error)):
         where = error.filename or "a file"
         return f"{where} cannot be written ({fault}): make room, or choose another out=; the same command goes on from there"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return (f"out of memory ({(str(error) or 'host').splitlines()[0][:200]}): lower training.batch_size or raise "
+    full = re.search("RESOURCE_EXHAUSTED|Out of memory.*", str(error))  # XLA on CPU calls it an internal error
+    if isinstance(error, MemoryError) or full:
+        return (f"out of memory ({(str(error) or 'host').splitlines()[0][-200:]}): lower training.batch_size or raise "
                 f"training.accumulation, see rmft plan; the same command goes on from the newest checkpoint")  # fmt: skip
     return None
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rmft_jax import cli
 from rmft_jax.config import to_yaml
 from rmft_jax.kernels import fingerprint
 from rmft_jax.training.checkpoints import Checkpoints
@@ -32,16 +33,16 @@ RUN = [
 TIMED = ("tokens_per_second", "input_wait_pct", "goodput_pct")
 
 
-def command(verb, config, cache, file_kib="unlimited"):
+def command(verb, config, cache, file_kib="unlimited", memory_kib="unlimited"):
     """Start `rmft VERB CONFIG` on one device, in a process of its own that finds compiled programs of the ones before.
 
-    file_kib: no file may become larger.
+    file_kib: no file may become larger. memory_kib: of addresses that it may use.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
     env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
     with (config.parent / "log.txt").open("a") as log:
-        limited = ["bash", "-c", f'ulimit -f {file_kib}; exec "$@"', "bash"]
+        limited = ["bash", "-c", f'ulimit -f {file_kib} -v {memory_kib}; exec "$@"', "bash"]
         return subprocess.Popen([*limited, *RMFT, verb, str(config)], env=env, stdout=log, stderr=log)
 
 
@@ -240,3 +241,24 @@ def test_a_fingerprint_knows_every_bit_and_no_mesh(dtype):
         changed.add(tuple(jax.jit(fingerprint)(jnp.asarray(other)).tolist()))
     assert len(changed) == data.size + 1
     assert (fingerprint(x[::-1]) != known).all() and (fingerprint(x.reshape(6, 16).T) != known).any()
+
+
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.",
+                                  "INTERNAL: Error dispatching computation: Out of memory allocating 8 bytes."])  # fmt: skip
+def test_a_full_memory_is_known_by_what_xla_says(said):
+    line = cli._fault_of_the_machine(jax.errors.JaxRuntimeError(said))
+    assert line.startswith("out of memory (") and "lower training.batch_size" in line
+    assert cli._fault_of_the_machine(jax.errors.JaxRuntimeError("INTERNAL: a fault of ours")) is None
+
+
+@pytest.mark.slow
+def test_a_full_memory_is_one_line(tiny, tmp_path):
+    """Of a run that `rmft plan` takes for small enough, in a process that may have 6.5 GB."""
+    large = ["model.width=768", "model.layers=6", "model.heads=12", "training.batch_size=8", "training.sequence_length=512"]
+    config = tiny(*large, f"out={tmp_path / 'out'}", f"data={tiny().data_dir}", "training.steps=4", "checkpoint.count=1")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert command("train", path, tmp_path / "programs", memory_kib=6_500_000).wait(250) == 2
+    said = (tmp_path / "log.txt").read_text()
+    assert re.fullmatch(r"error: out of memory \(.*\): lower training\.batch_size .*", said.splitlines()[-1]), said[-2000:]
+    assert "Traceback" not in said
