@@ -45,7 +45,8 @@ def test_generate_measures_prefill_and_decoding_apart():
     assert min(batch["tokens_equal_pct"] for batch in result["batches"]) > 99
 
 
-TINY = ["out=runs/of_no_demo", "source.limit=60", "tokenizer.vocab_size=400", "model.layers=1", "model.width=16", "model.heads=2",
+TINY = ["out=runs/of_no_demo", "source.limit=60",
+        "tokenizer.vocab_size=400", "model.layers=1", "model.width=16", "model.heads=2",
         "training.batch_size=8", "training.sequence_length=32"]  # fmt: skip
 
 

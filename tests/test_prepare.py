@@ -1,5 +1,6 @@
 """The data set that `prepare` writes: the same on any number of cores, by Beam, and however often it was interrupted."""
 
+import contextlib
 import dataclasses
 import json
 import operator
@@ -201,7 +202,7 @@ def test_a_call_that_is_killed_at_any_moment_is_gone_on_with(undisturbed, tmp_pa
             shutil.rmtree(config.data_dir)
             finished = {}
             continue
-        time.sleep(0.5)  # its workers end with the shard they are at
+        wait_for_the_end_of(process.pid)  # its workers end with the shard they are at
         redone += sum((work / name).stat().st_mtime_ns != when for name, when in finished.items() if (work / name).exists())
         finished = {
             str(path.relative_to(work)): path.stat().st_mtime_ns
@@ -210,6 +211,15 @@ def test_a_call_that_is_killed_at_any_moment_is_gone_on_with(undisturbed, tmp_pa
     assert subprocess.run(command, capture_output=True).returncode == 0
     assert files_of(config.data_dir) == undisturbed and not redone
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]
+
+
+def wait_for_the_end_of(group: int) -> None:
+    """Wait until no process of a session is left, 10 seconds at most: where nobody asks for them, the dead stay listed."""
+    end = time.monotonic() + 10
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.01)
 
 
 def test_what_is_left_of_other_settings_is_not_gone_on_with(undisturbed, tmp_path):
