@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax.config import Config
+from rmft_jax.cores import cores
 from rmft_jax.errors import UserError
 from rmft_jax.processes import find_launch
 
@@ -50,9 +51,9 @@ def use_cores(config: Config | None = None) -> None:
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = cores()
     processes = launch.processes if (launch := find_launch()) else 1
-    count = devices_for(config, cores * processes) if config else cores
+    count = devices_for(config, available * processes) if config else available
     jax.config.update("jax_num_cpu_devices", max(1, count // processes))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from rmft_jax.cores import cores
 from rmft_jax.progress import say
 
 SCHEMA = 1
@@ -157,11 +158,10 @@ def _unused_accelerators() -> list[dict[str, str]]:
 
 
 def _machine() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "cores": cores,
+        "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "free_disk_bytes": shutil.disk_usage(".").free,
         "settings": {name: os.environ[name] for name in _SETTINGS if os.environ.get(name)},

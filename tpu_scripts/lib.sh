@@ -183,3 +183,12 @@ echo "training ended with exit code \$code"
 exit \$code
 END
 }
+
+# ended COMMAND...: prints the highest exit code once every process has ended, by the last lines of their logs, which COMMAND
+# prints; nothing while one runs; lost when one cannot be asked.
+ended() {
+  local said
+  said=$("$@" 2>/dev/null) || { echo lost; return; }
+  if grep -qv '^training ended with exit code ' <<<"$said"; then return; fi
+  awk '{ print $NF }' <<<"$said" | sort -n | tail -n 1
+}

@@ -87,14 +87,6 @@ resume() {
   launch
 }
 
-# ended: prints the highest exit code once every process has ended; nothing while one runs; lost when one cannot be asked.
-ended() {
-  local said
-  said=$(on_hosts "tail -n 1 $folder/$opt_name.log" 2>/dev/null) || { echo lost; return; }
-  if grep -qv '^training ended with exit code ' <<<"$said"; then return; fi
-  awk '{ print $NF }' <<<"$said" | sort -n | tail -n 1
-}
-
 watch() {
   local attempts=${opt_attempts:-100} code misses=0
   if [[ $opt_dry_run ]]; then
@@ -103,7 +95,7 @@ watch() {
     return
   fi
   while true; do
-    code=$(ended)
+    code=$(ended on_hosts "tail -n 1 $folder/$opt_name.log")
     # one look that fails may be the fault of the way there
     if [[ $code == lost ]] && ((++misses < 3)); then
       say "$opt_name: a host does not answer"

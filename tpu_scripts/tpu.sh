@@ -150,14 +150,6 @@ begin_again() {
   launch
 }
 
-# ended: prints the highest exit code once every worker has ended; nothing while one runs; lost when one cannot be asked.
-ended() {
-  local said
-  said=$(on_workers "tail -n 1 ~/rmft/train.log" 2>/dev/null) || { echo lost; return; }
-  if grep -qv '^training ended with exit code ' <<<"$said"; then return; fi
-  awk '{ print $NF }' <<<"$said" | sort -n | tail -n 1
-}
-
 watch() {
   local attempts=${opt_attempts:-100} code now misses=0
   if [[ $opt_dry_run ]]; then
@@ -168,7 +160,7 @@ watch() {
   fi
   while true; do
     now=$(state) code=''
-    [[ $now != ACTIVE ]] || code=$(ended)
+    [[ $now != ACTIVE ]] || code=$(ended on_workers "tail -n 1 ~/rmft/train.log")
     # one look that fails may be the fault of the way there
     if [[ $code == lost ]] && ((++misses < 3)); then
       say "$opt_name: a worker does not answer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 
 from rmft_jax.bench import environment
 from rmft_jax.config import Config
+from rmft_jax.cores import cores
 from rmft_jax.devices import by_rows, everywhere
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import build_inverted_file, nearest_neighbours, search_inverted_file
@@ -82,7 +82,7 @@ def run(
         "name": "knn",
         **environment("numpy", *there),
         "unit": "queries/s",
-        "shape": {"keys": keys, "queries": queries, "width": WIDTH, "k": K, "clusters": clusters, "threads": _threads()},
+        "shape": {"keys": keys, "queries": queries, "width": WIDTH, "k": K, "clusters": clusters, "threads": cores()},
         "value": float(np.median(rates["exact"])),
         "peer": rival,
         "peer_value": float(np.median(rates[rival])),
@@ -143,7 +143,7 @@ def _scikit_learn(x: np.ndarray, q: np.ndarray) -> dict[str, Search]:
 def _faiss(x: np.ndarray, q: np.ndarray, clusters: int) -> dict[str, Search]:
     import faiss
 
-    faiss.omp_set_num_threads(_threads())
+    faiss.omp_set_num_threads(cores())
     flat = faiss.IndexFlatL2(WIDTH)
     flat.add(x)
     begin = time.perf_counter()
@@ -157,7 +157,3 @@ def _faiss(x: np.ndarray, q: np.ndarray, clusters: int) -> dict[str, Search]:
         return lists.search(q, K)[1]
 
     return {"faiss-cpu exact": Search(lambda _: flat.search(q, K)[1]), "faiss-cpu approximate": Search(visit, spent)}
-
-
-def _threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

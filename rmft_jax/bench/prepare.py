@@ -12,7 +12,8 @@ from typing import Any
 
 from rmft_jax.bench import environment
 from rmft_jax.config import Config
-from rmft_jax.data.pool import cores, peak_memory, run_in_order, run_shards
+from rmft_jax.cores import cores
+from rmft_jax.data.pool import peak_memory, run_in_order, run_shards
 from rmft_jax.data.prepare import begin, number_shards, prepare, tag_and_rank
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, texts_of

@@ -28,11 +28,6 @@ from rmft_jax.progress import track
 Work = Callable[[Job, Shard], None]
 
 
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def peak_memory() -> tuple[float, float]:
     """Return the most memory that this process had, and the largest of the processes that it has ended, in MiB."""
     kib = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from rmft_jax.config import Config, first_difference, to_dict
+from rmft_jax.cores import cores
 from rmft_jax.data import beam
 from rmft_jax.data.canaries import SPACE_BITS, make_canaries
 from rmft_jax.data.corpus_values import corpus_values
 from rmft_jax.data.duplicates import flag_duplicates
 from rmft_jax.data.pieces import longest_pieces
-from rmft_jax.data.pool import cores, peak_memory, run_shards
+from rmft_jax.data.pool import peak_memory, run_shards
 from rmft_jax.data.ranks import rank_shards
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, plan_shards, read_shards, texts_of

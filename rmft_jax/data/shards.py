@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def read_shards(folder: Path, config: Config) -> dict:
     heldout_from = None
     for heldout in (False, True) if has_heldout(config.source) else (False,):
         heldout_from = len(sizes) if heldout else None
-        for texts in _groups(iterate(config.source, counted, heldout=heldout), config.source.shard_characters):
+        for texts in groups_of(iterate(config.source, counted, heldout=heldout), config.source.shard_characters):
             data = [text.encode("utf-8", "surrogatepass") for text in texts]
             arrays = {"text": np.frombuffer(b"".join(data), np.uint8), "sizes": np.array(list(map(len, data)), np.int64)}
             write_arrays(_path(folder, len(sizes)), arrays, private=True, compress=False)
@@ -109,7 +109,7 @@ def texts_of(folder: Path, shard: Shard, split: str, config: Config) -> list[str
     ]
 
 
-def _groups(texts: Iterator[str], characters: int) -> Iterator[Sequence[str]]:
+def groups_of(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
     """Yield lists of consecutive texts; one ends with the text that fills it."""
     group, size = [], 0
     for text in texts:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import hmac
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 from rmft_jax.config import Config
 from rmft_jax.data.canaries import make_canaries
 from rmft_jax.data.pieces import pieces_among, substrings
-from rmft_jax.data.shards import SPLITS, Shard, texts_of
+from rmft_jax.data.shards import SPLITS, Shard, groups_of, texts_of
 from rmft_jax.data.tagging import Tagged
 from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
 from rmft_jax.files import read_arrays, write_arrays
@@ -80,7 +80,7 @@ def tag_shard(job: Job, shard: Shard) -> None:
     arrays: dict[str, np.ndarray] = {}
     for split in SPLITS:
         parts = []
-        for chunk in _chunks(texts_of(job.texts, shard, split, config)):
+        for chunk in groups_of(texts_of(job.texts, shard, split, config), _CHUNK):
             documents = list(zip(chunk, detector.detect_many(chunk), strict=True))
             parts.append(Tagged.of(documents, tokenizer, detector))
             for text, spans in documents:
@@ -166,15 +166,3 @@ def byte_lengths_of(folder: Path) -> np.ndarray:
 def substrings_of(folder: Path) -> dict[str, list[int]]:
     """Return what the pieces of the tokenizer in a folder contain."""
     return substrings(tokenizer_of(folder))
-
-
-def _chunks(texts: Sequence[str]) -> Iterator[list[str]]:
-    chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

@@ -308,7 +308,6 @@ class MetricsLog:
             if self._board and math.isfinite(value):
                 self._board.add_scalar(f"train/{name}", value, step)
 
-
     def _warn_of_input(self, waited: float, seconds: float, now: float) -> None:
         if seconds >= _STALL_SECONDS and waited > seconds / 4 and now - self._warned > _WARN_EVERY:
             self._warned = now

@@ -73,11 +73,11 @@ def replay(directory: Path, step: int = 0) -> dict:
 
 
 def _before(run: Run, directory: Path, step: int) -> tuple[int, dict]:
-    """Return the newest state before a step, and its number: of a checkpoint that is whole, else of the start."""
+    """Return the number and the state of the newest checkpoint before a step, those of the start without any."""
     if (directory / "checkpoints").is_dir():
         checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
-        for saved in reversed([saved for saved in checkpoints.steps() if saved < step]):
-            return saved, checkpoints.restore(saved, run.target)
+        if earlier := [saved for saved in checkpoints.steps() if saved < step]:
+            return earlier[-1], checkpoints.restore(earlier[-1], run.target)
     return 0, run.begin()
 
 
