@@ -193,8 +193,8 @@ def audit(
     for path, result in zip(paths, results, strict=True):
         last = result["checkpoints"][-1]["prompts"]["all"]
         print(
-            f"{path / 'audit.json'}: at the last checkpoint {last['true_leaked']} of {result['identities']:,} training "
-            f"addresses leaked (TER {last['ter']:.2f}%, SER {last['ser']:.2f}%, TEGR {last['tegr']:.1f}%)"
+            f"{path / 'audit.json'}: at the last checkpoint {last['true_leaked']} of {result['identities']:,} identities "
+            f"of the training text leaked (TER {last['ter']:.2f}%, SER {last['ser']:.2f}%, TEGR {last['tegr']:.1f}%)"
         )
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from rmft_jax.report.view import View, is_number, path_text, show
+from rmft_jax.report.view import View, is_number, path_text, show, things
 
 WIDTH, HEIGHT = 460, 280
 LEFT, RIGHT, TOP, BOTTOM = 54, 448, 14, 234
@@ -366,10 +366,10 @@ def _aria(view: View, subject: str) -> str:
 
 def charts(view: View) -> list:
     """Return the page's charts in order."""
-    found = []
-    for key, heading, note in (("ter", "TER, %", "share of all training addresses"),
-                               ("ser", "SER, %", "share of the addresses shown so far"),
-                               ("tegr", "TEGR, %", "share of generated addresses that are real")):
+    found, what = [], things(view)[1]
+    for key, heading, note in (("ter", "TER, %", f"share of all training {what}"),
+                               ("ser", "SER, %", f"share of the {what} shown so far"),
+                               ("tegr", "TEGR, %", f"share of generated {what} that are real")):
         lines = _training_lines(view, "prompts", view.headline, key, unit=" %")
         said = _aria(view, f"{heading} over epochs")
         found.append(Chart(key, heading, note, line_chart(lines, said, "epoch")))

@@ -2,7 +2,7 @@
 
 from markupsafe import Markup
 
-from rmft_jax.report.view import View, is_number
+from rmft_jax.report.view import View, is_number, things
 
 _AT_LENGTH = 4  # runs that the paragraph describes in whole sentences; of more, each gets a line
 
@@ -21,14 +21,6 @@ def verdict(view: View) -> Markup:
             sentences += [_reduction(view, run), _cost(view, run, explained=run != view.runs[1])]
         turns.append(Markup('<span class="turn">{}</span>').format(Markup(" ").join(sentences)))
     return Markup("\n").join(turns)
-
-
-def things(view: View) -> tuple[str, str, str]:
-    """Return what leaks, as the page calls it: at first, from then on, and one of them."""
-    types = view.value("data", "pii_types") or ["email"]
-    if types == ["email"]:
-        return "e-mail addresses", "addresses", "address"
-    return f"values of personal data ({', '.join(types)})", "values", "value"
 
 
 def _bottom_line(view: View) -> Markup:

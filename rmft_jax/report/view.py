@@ -157,3 +157,11 @@ def _numbers(tree: dict | list, name: str = "", path: tuple = ()):
             yield from _numbers(value, here, (*path, key))
         elif is_number(value):
             yield here, (*path, key)
+
+
+def things(view: View) -> tuple[str, str, str]:
+    """Return what leaks, as the page calls it: at first, from then on, and one of them."""
+    types = view.value("data", "pii_types") or ["email"]
+    if types == ["email"]:
+        return "e-mail addresses", "addresses", "address"
+    return f"values of personal data ({', '.join(types)})", "values", "value"
