@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 import jax
 
-from rmft_jax.errors import UserError
+from rmft_jax.errors import Preempted, UserError
 from rmft_jax.processes import barrier
 from rmft_jax.progress import say
 
@@ -83,11 +83,20 @@ class Peers:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None and issubclass(kind, jax.errors.JaxRuntimeError) and self._count > 1:
-            time.sleep(2 * self._timeout)  # most likely a connection to a process that is gone: the thread will name it
         if self._count > 1:
+            if kind is not None and issubclass(kind, Exception) and not issubclass(kind, (UserError, Preempted)):
+                self._wait_for_signs()  # most likely a connection to a process that is gone: the thread will name it
             signal.signal(signal.SIGABRT, signal.SIG_DFL)
         self._ended.set()
+
+    def _wait_for_signs(self) -> None:
+        """Return once all others have given a sign from now on, or none of them has been found gone for long."""
+        failed = time.monotonic()
+        while time.monotonic() - failed < 3 * self._timeout:
+            others = [changed for process, (_, changed) in self._seen.copy().items() if process != self._me]
+            if len(others) == self._count - 1 and min(others) > failed:
+                return
+            time.sleep(self._timeout / 20)
 
     def advance(self, work: float = 0.0) -> None:
         """Note that one more dispatch has been handed over, which took the host `work` seconds."""
