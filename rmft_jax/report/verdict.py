@@ -36,9 +36,11 @@ def _bottom_line(view: View) -> Markup:
     if is_number(view.value(*cost)):
         sign = "+" if view.value(*cost) > 0 else ""
         price = Markup(", at {}{}\u00a0% perplexity{}").format(sign, view.num(*cost), _bracket(view, cost))
-    line = '<strong class="line">Of {} {} in the training text, {} gave away {}{}; {} gave away {}{}{}.</strong>'
+    seeds = ("study", "seeds")  # of several, counts are means
+    opening = Markup("On average over {} seeds, of").format(view.num(*seeds)) if (view.value(*seeds) or 1) > 1 else "Of"
+    line = '<strong class="line">{} {} {} in the training text, {} gave away {}{}; {} gave away {}{}{}.</strong>'
     return Markup(line).format(
-        view.num("data", "pii_identities"), things(view)[0], view.baseline, view.num(*before),
+        opening, view.num("data", "pii_identities"), things(view)[0], view.baseline, view.num(*before),
         _of_hundred(view, view.baseline), run, view.num(*view.headline_path(run, "true_leaked")),
         _of_hundred(view, run), price)
 
