@@ -28,7 +28,10 @@ class SourceConfig:
     format: synthetic (bundled generator) | jsonl (one object a line) | csv | parquet | text (documents separated by a
     line) | mbox | maildir (a folder of messages, a file each, or a .tar.gz of one) | python_docs (the help topics that come
     with the Python in use, a document each) | tfds (a data set of TFDS: path is its name, or the folder that it was prepared
-    in, split the part to read, heldout_path another split). Files of lines may be .gz or .zst.
+    in, split the part to read, heldout_path another split) | array_record (a file, or a pattern of several) | grain (an
+    object, path is package.module:object: docs/data.md). Files of lines may be .gz or .zst.
+    text_field: the text of a record; "" = records of array_record or grain are the text themselves.
+    version: of a grain source, whatever you like: another one makes `prepare` start anew.
     mail: parse each text as a mail message, as mbox and maildir do (docs/data.md).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
@@ -39,6 +42,7 @@ class SourceConfig:
     format: str = "synthetic"
     path: str = ""
     split: str = "train"
+    version: str = ""
     text_field: str = "text"
     separator: str = "<|endoftext|>"
     mail: bool = False
@@ -538,7 +542,9 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "dp": lambda config: config.privacy.on,
 }
 _CHOICES = {
-    "source.format": ("synthetic", "jsonl", "csv", "parquet", "text", "mbox", "maildir", "python_docs", "tfds"),
+    "source.format": (
+        "synthetic", "jsonl", "csv", "parquet", "text", "mbox", "maildir", "python_docs", "tfds", "array_record", "grain",
+    ),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
@@ -736,8 +742,12 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
         yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
     if config.source.format not in ("synthetic", "python_docs") and not config.source.path:
-        what = "data set" if config.source.format == "tfds" else "file"
+        what = {"tfds": "data set", "grain": "source"}.get(config.source.format, "file")
         yield f"source.path is empty: name the {config.source.format} {what}, or set source.format=synthetic"
+    if config.source.format == "grain":
+        for key, path in (("path", config.source.path), ("heldout_path", config.source.heldout_path)):
+            if path and not re.fullmatch(r"[\w.]+:[\w.]+", path):
+                yield f"source.{key} is {path!r}: name a grain source as package.module:object"
     yield from _pii_rules(config)
     canary = config.canary
     if canary.count and (min(canary.repetitions, default=0) < 1 or len(set(canary.repetitions)) < len(canary.repetitions)):

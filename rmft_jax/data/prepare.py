@@ -28,6 +28,7 @@ from rmft_jax.data.pool import peak_memory, run_shards
 from rmft_jax.data.ranks import rank_shards
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, plan_shards, read_shards, texts_of
+from rmft_jax.data.sources import identity
 from rmft_jax.data.tagged_corpus import NAME, VERSION, file_name, number_kinds, record_path, write_metadata, write_records
 from rmft_jax.data.tagged_shards import Job, read_tagged, tag_shard, tokenizer_of
 from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
@@ -310,10 +311,11 @@ def _place(file: Path, name: Path) -> None:
 
 
 def _inputs(config: Config) -> list:
-    """Return what tells whether a file that the data come from is another one now: name, size, time of each."""
+    """Return what tells whether the source or a file that the data come from is another one now."""
     words = [custom.words for custom in config.pii.custom]
-    paths = [Path(name) for name in (config.source.path, config.source.heldout_path, config.tokenizer.path, *words) if name]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.exists()]
+    paths = [Path(name) for name in (config.tokenizer.path, *words) if name]
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.exists()]
+    return identity(config.source) + files
 
 
 def _settings(config: Config) -> dict:
