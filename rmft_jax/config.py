@@ -171,11 +171,14 @@ class DedupConfig:
     """Deduplication, the rival method. `prepare` flags duplicates, `train` leaves them out under `policy`.
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
+    minhash: what finds near-duplicates. rensa (fast; candidates are held against their signatures) | datasketch (exactly
+    what its MinHash and MinHashLSH find with their defaults, as published pipelines do; needs the extra [datasketch]).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
     most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
     """
 
     policy: str = "none"
+    minhash: str = "rensa"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
@@ -549,6 +552,7 @@ _CHOICES = {
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
     "dedup.policy": ("none", "near", "near_exact"),
+    "dedup.minhash": ("rensa", "datasketch"),
     "loss.goldfish": ("none", "static", "hash"),
     "privacy.sampling": ("poisson", "shuffled"),
     "model.positions": ("rotary", "learned"),

@@ -4,12 +4,16 @@ The rival method "deduplication" of the RMFT paper (Joshi & Smith, arXiv 2512.03
 Jaccard 0.8 with 128 permutations, then exact substrings of >= 100 bytes. Here the second step works on token
 ids, because a byte-level cut can split a UTF-8 character. Exact substrings follow Lee et al. 2021,
 arXiv 2107.06499, by hashes of windows and not by a suffix array: only one length is asked for.
+
+Near-duplicates are found with `rensa`, or by `datasketch_nearest` exactly as pipelines written with `datasketch` find them.
 """
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from rensa import RMinHash, RMinHashDeduplicator
+
+from rmft_jax.errors import UserError
 
 # Weights of the two error areas when bands are chosen. Every LSH candidate is verified against its signature,
 # so a false positive only costs time while a false negative is lost. With equal weights, and bands that must
@@ -84,6 +88,55 @@ def nearest_kept(
             out[row] = max(found, key=lambda other: (sketches[other].jaccard(sketch), -other))  # noqa: B023
         else:
             index.add(str(row), sketch)
+            sketches[row] = sketch
+    return out
+
+
+def datasketch_index(threshold: float, num_perm: int):
+    """Return an empty datasketch.MinHashLSH with the bands that datasketch chooses for a threshold in (0, 1].
+
+    Raises UserError when datasketch is not installed, or finds no bands.
+    """
+    try:
+        from datasketch import MinHashLSH
+    except ImportError:
+        raise UserError("dedup.minhash=datasketch needs datasketch: pip install 'rmft-jax[datasketch]'") from None
+    try:
+        return MinHashLSH(threshold=threshold, num_perm=num_perm)
+    except ValueError as error:
+        raise UserError(
+            f"datasketch refuses dedup.near_threshold {threshold} with dedup.permutations {num_perm} ({error}): lower the "
+            f"threshold, or set dedup.minhash=rensa"
+        ) from None
+
+
+def datasketch_nearest(texts: Sequence[str], *, threshold: float = 0.8, num_perm: int = 128) -> np.ndarray:
+    """Return which kept document each near-duplicate is nearest to, int64 [n]; -1 for those that are kept.
+
+    Documents are compared as in `near_duplicates`, with datasketch's own choices: the permutations of its seed 1, its hash,
+    its bands, and no look at the signatures of what shares a band. So is done by pipelines that ask a MinHashLSH about each
+    document in turn and insert it if nothing is found; datasketch 2.0 has other permutations than the versions before.
+
+    Args:
+        texts: Documents, length n.
+        threshold: Jaccard similarity that the bands are chosen for, in (0, 1].
+        num_perm: Slots of a MinHash signature, >= 2.
+
+    Raises:
+        UserError: As `datasketch_index` does.
+    """
+    index, sketches = datasketch_index(threshold, num_perm), {}
+    from datasketch import MinHash
+
+    words = ([word.encode("utf-8", "surrogatepass") for word in set(text.lower().split())] for text in texts)
+    out = np.full(len(texts), -1, np.int64)
+    for row, sketch in enumerate(MinHash.generator(words, num_perm=num_perm)):
+        if sketch.is_empty():
+            continue
+        if found := index.query(sketch):
+            out[row] = max(found, key=lambda other: (sketches[other].jaccard(sketch), -other))  # noqa: B023
+        else:
+            index.insert(row, sketch)
             sketches[row] = sketch
     return out
 

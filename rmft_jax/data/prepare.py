@@ -22,7 +22,7 @@ from rmft_jax.cores import cores
 from rmft_jax.data import beam
 from rmft_jax.data.canaries import SPACE_BITS, make_canaries
 from rmft_jax.data.corpus_values import corpus_values
-from rmft_jax.data.duplicates import flag_duplicates
+from rmft_jax.data.duplicates import check_library, flag_duplicates
 from rmft_jax.data.pieces import longest_pieces
 from rmft_jax.data.pool import peak_memory, run_shards
 from rmft_jax.data.ranks import rank_shards
@@ -99,6 +99,7 @@ def prepare(config: Config, *, workers: int = 0, runner: str = "local", beam_opt
             )
         say(f"{directory}: already prepared")
         return manifest
+    check_library(config)  # before hours of work, not after
     with work_folder(directory, [SCHEMA, VERSION, _settings(config)], _inputs(config)) as folder:
         manifest = _prepare_in(Job(folder, config), workers or cores(), runner, beam_options)
         (folder / "final").rename(directory)
