@@ -174,7 +174,8 @@ class DedupConfig:
     minhash: what finds near-duplicates. rensa (fast; candidates are held against their signatures) | datasketch (exactly
     what its MinHash and MinHashLSH find with their defaults, as published pipelines do; needs the extra [datasketch]).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
-    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
+    most_tokens: corpora of more training tokens are not searched for repeated substrings, which takes 50 bytes of memory a
+    token; nor for near-duplicates if they have more than a document for each 60 of these tokens, as one takes 3 KB.
     """
 
     policy: str = "none"

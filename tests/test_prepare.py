@@ -363,6 +363,21 @@ def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
         load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))
 
 
+def test_a_corpus_too_large_for_repeated_substrings_has_the_same_near_duplicates(tmp_path):
+    settings = [*SETTINGS, "dedup.near_threshold=0.4"]
+    every = load_config(None, [*settings, f"out={tmp_path / 'every'}"])
+    near = load_config(None, [*settings, f"out={tmp_path / 'near'}", f"dedup.most_tokens={60 * 139}"])
+    found = [prepare(config, workers=1) for config in (every, near)]
+    assert found[0]["train"]["documents"] == 139 and found[0]["train"]["tokens"] > 60 * 139
+    duplicates = [manifest["duplicates"] for manifest in found]
+    assert duplicates[0]["near_documents"] == duplicates[1]["near_documents"] > 5 and duplicates[1]["removed_tokens"] is None
+    pairs = zip(read_corpus(every.data_dir, "train"), read_corpus(near.data_dir, "train"), strict=True)
+    assert all((one["duplicate"] == 1).tolist() == other["duplicate"].tolist() for one, other in pairs)
+    load_prepared(dataclasses.replace(near, dedup=dataclasses.replace(near.dedup, policy="near")))
+    with pytest.raises(UserError, match="not searched for duplicates"):
+        load_prepared(dataclasses.replace(near, dedup=dataclasses.replace(near.dedup, policy="near_exact")))
+
+
 def rank_a_large_corpus(folder, shards, new=4000, shared=6000):
     """Do what the main process does on tables of made-up values; print its peak of memory in MiB."""
     config = load_config(None, [f"out={folder}"])

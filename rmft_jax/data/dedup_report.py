@@ -26,7 +26,7 @@ def dedup(config: Config, prepared: Prepared) -> dict:
     repeated_tokens, kept_documents, kept_tokens, and clusters: lists of numbers of documents that are near-duplicates of the
     first one, the largest cluster first. Both lie in config.out/dedup. Returns the report.
     """
-    check_flagged(prepared.manifest)
+    check_flagged(prepared.manifest, "near_exact")
     records, folder = list(read_corpus(prepared.directory, "train")), Path(config.out) / "dedup"
     decode = prepared.tokenizer.decode
     near = np.array([bool(len(record["duplicate"])) and bool((record["duplicate"] == 1).all()) for record in records])

@@ -117,7 +117,7 @@ def load_prepared(config: Config) -> Prepared:
         where = config.data_dir
         raise UserError(f"{where} was prepared with another {changed}: use the same value, or prepare another out=")
     if config.dedup.policy != "none":
-        check_flagged(manifest)
+        check_flagged(manifest, config.dedup.policy)
     mend = "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     hashes = identities["hashes"].tolist()
@@ -148,11 +148,12 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
     return _assemble(job, shards, read, duplicates)
 
 
-def check_flagged(manifest: dict) -> None:
-    """Raise UserError for prepared data that were not searched for duplicates."""
-    if manifest.get("duplicates", {}).get("removed_tokens", 0) is None:
+def check_flagged(manifest: dict, policy: str) -> None:
+    """Raise UserError for prepared data that were not searched for the duplicates of a policy other than none."""
+    known, what = ("near_documents", "near-duplicates") if policy == "near" else ("removed_tokens", "duplicates")
+    if manifest.get("duplicates", {}).get(known, 0) is None:
         raise UserError(
-            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for duplicates: prepare them in "
+            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for {what}: prepare them in "
             f"another out= with a larger dedup.most_tokens, or set dedup.policy=none"
         )
 
