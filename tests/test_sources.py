@@ -124,6 +124,8 @@ def test_objects_of_a_module(module, object):
     config = SourceConfig(format="grain", path=f"{module}:{object}", text_field=field, limit=0)
     assert list(iterate(config, Documents())) == TEXTS
     assert list(iterate(dataclasses.replace(config, limit=2, max_characters=3), Documents())) == ["one", "two"]
+    both = read_documents(dataclasses.replace(config, heldout_path=config.path, heldout_limit=3))
+    assert (both.train, both.heldout) == (TEXTS, TEXTS[:3])
 
 
 @pytest.mark.parametrize("object, says", [

@@ -51,7 +51,7 @@ def read_records(source: Any, path: str) -> Iterator[tuple[int, Any, str]]:
     None among the records is what grain's filters leave, and no record. Raises UserError when a source without
     `__getitem__` fails, as there is no going on after that.
     """
-    by_number = hasattr(source, "__getitem__")
+    by_number = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     records = map(source.__getitem__, range(len(source))) if by_number else iter(source)
     number = 0
     while True:
