@@ -28,7 +28,10 @@ class SourceConfig:
     format: synthetic (bundled generator) | jsonl (one object a line) | csv | parquet | text (documents separated by a
     line) | mbox | maildir (a folder of messages, a file each, or a .tar.gz of one) | python_docs (the help topics that come
     with the Python in use, a document each) | tfds (a data set of TFDS: path is its name, or the folder that it was prepared
-    in, split the part to read, heldout_path another split). Files of lines may be .gz or .zst.
+    in, split the part to read, heldout_path another split) | array_record (a file, or a pattern of several) | grain (an
+    object, path is package.module:object: docs/data.md). Files of lines may be .gz or .zst.
+    text_field: the text of a record; "" = records of array_record or grain are the text themselves.
+    version: of a grain source, whatever you like: another one makes `prepare` start anew.
     mail: parse each text as a mail message, as mbox and maildir do (docs/data.md).
     limit: documents to take, 0 = all (synthetic: how many to write). max_characters: cut each document there, 0 = never.
     heldout_path: a file of the same format; without one, `heldout_fraction` of the documents is set aside, drawn by `seed`.
@@ -39,6 +42,7 @@ class SourceConfig:
     format: str = "synthetic"
     path: str = ""
     split: str = "train"
+    version: str = ""
     text_field: str = "text"
     separator: str = "<|endoftext|>"
     mail: bool = False
@@ -167,11 +171,15 @@ class DedupConfig:
     """Deduplication, the rival method. `prepare` flags duplicates, `train` leaves them out under `policy`.
 
     policy: none | near (near-duplicate documents) | near_exact (then repeated substrings too, as the RMFT paper did).
+    minhash: what finds near-duplicates. rensa (fast; candidates are held against their signatures) | datasketch (exactly
+    what its MinHash and MinHashLSH find with their defaults, as published pipelines do; needs the extra [datasketch]).
     substring_tokens: length of a repeated run of tokens that counts as duplicate; 0 = as many as hold 100 bytes on average.
-    most_tokens: corpora of more training tokens are not searched for duplicates, which takes 50 bytes of memory a token.
+    most_tokens: corpora of more training tokens are not searched for repeated substrings, which takes 50 bytes of memory a
+    token; nor for near-duplicates if they have more than a document for each 60 of these tokens, as one takes 3 KB.
     """
 
     policy: str = "none"
+    minhash: str = "rensa"
     near_threshold: float = 0.8
     permutations: int = 128
     substring_tokens: int = 0
@@ -538,11 +546,14 @@ METHODS: dict[str, typing.Callable[[Config], bool]] = {
     "dp": lambda config: config.privacy.on,
 }
 _CHOICES = {
-    "source.format": ("synthetic", "jsonl", "csv", "parquet", "text", "mbox", "maildir", "python_docs", "tfds"),
+    "source.format": (
+        "synthetic", "jsonl", "csv", "parquet", "text", "mbox", "maildir", "python_docs", "tfds", "array_record", "grain",
+    ),
     "source.on_error": ("raise", "skip"),
     "tokenizer.model_type": ("bpe", "unigram"),
     "masking.scope": ("occurrence", "document", "corpus"),
     "dedup.policy": ("none", "near", "near_exact"),
+    "dedup.minhash": ("rensa", "datasketch"),
     "loss.goldfish": ("none", "static", "hash"),
     "privacy.sampling": ("poisson", "shuffled"),
     "model.positions": ("rotary", "learned"),
@@ -736,8 +747,12 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if len({*tracker.tag_names, *taken}) < len(tracker.tag_names) + len(taken):
         yield f"tracker.tag_names is {list(tracker.tag_names)}: give different names, none of {', '.join(taken)}"
     if config.source.format not in ("synthetic", "python_docs") and not config.source.path:
-        what = "data set" if config.source.format == "tfds" else "file"
+        what = {"tfds": "data set", "grain": "source"}.get(config.source.format, "file")
         yield f"source.path is empty: name the {config.source.format} {what}, or set source.format=synthetic"
+    if config.source.format == "grain":
+        for key, path in (("path", config.source.path), ("heldout_path", config.source.heldout_path)):
+            if path and not re.fullmatch(r"[\w.]+:[\w.]+", path):
+                yield f"source.{key} is {path!r}: name a grain source as package.module:object"
     yield from _pii_rules(config)
     canary = config.canary
     if canary.count and (min(canary.repetitions, default=0) < 1 or len(set(canary.repetitions)) < len(canary.repetitions)):

@@ -36,8 +36,8 @@ _NAMED = re.compile(r"^(?:from|to|subject|date|message-id): ", re.IGNORECASE | r
 def suggest_config(data: str, *, minutes: float = 15.0, out: str = "", name: str = "", speed: float = 0.0) -> dict[str, Any]:
     """Look at a sample of the text at `data` and at this machine, and return a config for both.
 
-    data: a file or folder in any format of `source.format`. minutes: how long one training may take on this machine.
-    out: directory of the experiment, "" = runs/ with the name of the data. name: of the file that the config goes to.
+    data: a file or folder in any format of `source.format` but array_record. minutes: how long one training may take on this
+    machine. out: directory of the experiment, "" = runs/ with the name of the data. name: of the file for the config.
     speed: FLOP/s of a train step, 0 = measured.
 
     Returns schema, data (path, format, bytes, and whether its texts are mail), sample (documents, characters,

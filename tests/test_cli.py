@@ -153,6 +153,8 @@ def test_moved_data_are_found(demo, tmp_path, capsys):
         (["prepare", "{config}", "source.format=jsonl", "source.path={field}"], "set source.text_field"),
         (["prepare", "{config}", "source.format=jsonl", "source.path={empty}"], "has no training documents"),
         (["prepare", "{config}", "source.format=jsonl", "source.path={torn}"], "{torn} cannot be read"),
+        (["prepare", "{config}", "source.format=grain", "source.path=json"], "name a grain source as package.module:object"),
+        (["prepare", "{config}", "source.format=grain", "source.path=json:mails"], "cannot be loaded (AttributeError"),
         (["prepare", "{config}", "tokenizer.vocab_size=90000"], "tokenizer.vocab_size 90000 is more than"),
         (["train", "{config}", "training.init_from={dir}"], "{dir} is not a checkpoint"),
         (["train", "{config}", "training.init_from={run}", "model.width=64"], "the config needs"),

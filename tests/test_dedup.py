@@ -1,6 +1,11 @@
 """Test deduplication against brute force, exact Jaccard and datasketch."""
 
+import dataclasses
+import gzip
 import hashlib
+import importlib.metadata
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,9 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rmft_jax.data.dedup import _choose_bands, near_duplicates, repeated_substrings
+from rmft_jax.data.dedup import _choose_bands, datasketch_nearest, near_duplicates, repeated_substrings
+from rmft_jax.data.synthetic import synthetic_mail
+from rmft_jax.errors import UserError
 
 THRESHOLD = 0.8
+ENRON = Path(__file__).parents[2] / "shared" / "data" / "enron_train.jsonl.gz"
 GENERATED_DIGEST_SCRIPT = """
 import hashlib, sys
 sys.path.insert(0, {tests!r})
@@ -250,6 +258,71 @@ def test_agrees_with_datasketch():
     assert 0.2 < np.mean(expected) < 0.8
     assert abs(marked.mean() - np.mean(expected)) < 0.03
     assert (marked == expected).mean() > 0.93
+
+
+def straight_datasketch(texts, threshold=0.8, num_perm=128):
+    """Return (flags, for each text the earlier kept ones that share a band) as the README of datasketch would have it."""
+    datasketch = pytest.importorskip("datasketch")
+    index, flags, shared = datasketch.MinHashLSH(threshold=threshold, num_perm=num_perm), [], []
+    for number, text in enumerate(texts):
+        sketch = datasketch.MinHash(num_perm=num_perm)
+        for word in set(text.lower().split()):
+            sketch.update(word.encode("utf8"))
+        found = index.query(sketch) if text.split() else []
+        flags.append(bool(found))
+        shared.append(set(found))
+        if text.split() and not found:
+            index.insert(number, sketch)
+    return np.array(flags), shared
+
+
+@pytest.mark.parametrize("source", ["generated", "0.5 of 64", "mail", "enron"])
+def test_the_datasketch_mode_is_datasketch(source):
+    threshold, num_perm, rng = 0.8, 128, np.random.default_rng(8)
+    texts = generate_texts(9)
+    if source == "0.5 of 64":
+        threshold, num_perm = 0.5, 64
+    elif source == "mail":
+        mails = [item["text"] for item in synthetic_mail(150, seed=3)]
+        replies = [f"{mails[number]} Thank you, {number}" for number in rng.integers(0, 150, 60)]
+        texts = [mails[0], "", *mails, " \n", *replies]
+    elif source == "enron":
+        if not ENRON.exists():
+            pytest.skip("the Enron sample is not beside the project")
+        with gzip.open(ENRON, "rt", encoding="utf-8") as file:
+            texts = [json.loads(line)["raw"] for line in itertools.islice(file, 600)]
+    expected, shared = straight_datasketch(texts, threshold, num_perm)
+    nearest = datasketch_nearest(texts, threshold=threshold, num_perm=num_perm)
+    np.testing.assert_array_equal(nearest >= 0, expected)
+    assert all(int(one) in found for one, found in zip(nearest, shared, strict=True) if one >= 0)
+    assert 15 < expected.sum() < len(texts) - 15
+
+
+def test_prepared_data_and_their_copy_can_be_those_of_datasketch(tmp_path, monkeypatch):
+    from rmft_jax.config import load_config
+    from rmft_jax.data.dedup_report import dedup
+    from rmft_jax.data.prepare import load_prepared, prepare
+    from rmft_jax.data.sources import read_documents
+    from rmft_jax.data.tagged_corpus import read_corpus
+
+    settings = ["source.limit=200", "tokenizer.vocab_size=400", "dedup.minhash=datasketch", "dedup.near_threshold=0.4"]
+    config = load_config(None, [*settings, f"out={tmp_path / 'out'}"])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasketch", None)
+        with pytest.raises(UserError, match=r"needs datasketch: pip install 'rmft-jax\[datasketch\]'"):
+            prepare(config, workers=1)
+    high = dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, near_threshold=1.0))
+    with pytest.raises(UserError, match="datasketch refuses dedup.near_threshold 1.0 .*lower the threshold"):
+        prepare(high, workers=1)
+    assert not (tmp_path / "out").exists()
+    manifest = prepare(config, workers=1)
+    expected, shared = straight_datasketch(read_documents(config.source).train, threshold=0.4)
+    near = [bool((record["duplicate"] == 1).all()) for record in read_corpus(config.data_dir, "train")]
+    assert near == expected.tolist() and 10 < expected.sum() < 170
+    assert manifest["duplicates"]["minhash"] == f"datasketch {importlib.metadata.version('datasketch')}"
+    clusters = dedup(config, load_prepared(config))["clusters"]
+    assert sorted(number for cluster in clusters for number in cluster[1:]) == np.flatnonzero(expected).tolist()
+    assert all(first in shared[number] for first, *others in clusters for number in others)
 
 
 def test_threshold_moves_the_share_flagged():

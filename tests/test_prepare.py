@@ -26,6 +26,7 @@ from rmft_jax.data.prepare import load_prepared, number_shards, prepare
 from rmft_jax.data.ranks import rank_shards
 from rmft_jax.data.shards import Shard
 from rmft_jax.data.sources import read_documents
+from rmft_jax.data.synthetic import synthetic_mail
 from rmft_jax.data.tagged_corpus import read_corpus, serialize
 from rmft_jax.data.tagged_shards import Job
 from rmft_jax.data.tagging import Identities
@@ -236,6 +237,50 @@ def test_what_is_left_of_other_settings_is_not_gone_on_with(undisturbed, tmp_pat
     assert files_of(config.data_dir) == undisturbed
 
 
+def test_a_grain_source_is_read_again_only_when_it_is_another(tmp_path, monkeypatch):
+    """And its data are those of the same texts in a file."""
+    mails = [item["text"] for item in synthetic_mail(60, seed=0)]
+    code = f"""
+mails, reads = {mails!r}, []
+
+class Mails:
+    def __len__(self):
+        return len(mails)
+    def __getitem__(self, number):
+        reads.append(number)
+        return {{"text": mails[number]}}
+"""
+    (tmp_path / "mails_of_test.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    import mails_of_test
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in mails))
+    settings = [*SETTINGS, "source.shard_characters=9000", "source.limit=0"]
+    of_grain = [*settings, "source.format=grain", "source.path=mails_of_test:Mails", f"out={tmp_path / 'grain'}"]
+
+    def stop(*_):
+        raise RuntimeError("cut off")
+
+    def cut_off(*more):
+        before = len(mails_of_test.reads)  # of all calls
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="cut off"):
+            patch.setattr("rmft_jax.data.prepare.flag_duplicates", stop)
+            prepare(load_config(None, [*of_grain, *more]), workers=1)
+        return len(mails_of_test.reads) - before
+
+    assert [cut_off(), cut_off(), cut_off("source.version=2"), cut_off("source.version=2")] == [60, 0, 60, 0]
+    with (tmp_path / "mails_of_test.py").open("a") as file:
+        file.write("\n")
+    assert cut_off("source.version=2") == 60
+    mails_of_test.mails.append("One more.")
+    assert cut_off("source.version=2") == 61
+    mails_of_test.mails.pop()
+    found = prepare(load_config(None, [*of_grain, "source.version=2"]), workers=2)
+    other = prepare(load_config(None, [*settings, "source.format=jsonl", f"source.path={tmp_path}/a.jsonl",
+                                       f"out={tmp_path / 'jsonl'}"]), workers=1)  # fmt: skip
+    assert found["content_hash"] == other["content_hash"]
+
+
 def test_a_worker_that_dies_is_named():
     with pytest.raises(RuntimeError, match="exit code 3"):
         list(run_in_order(operator.call, os._exit, [3, 3], 2))
@@ -316,6 +361,21 @@ def test_a_large_corpus_is_not_searched_for_duplicates_and_says_so(tmp_path):
     load_prepared(config)
     with pytest.raises(UserError, match="larger dedup.most_tokens"):
         load_prepared(dataclasses.replace(config, dedup=dataclasses.replace(config.dedup, policy="near")))
+
+
+def test_a_corpus_too_large_for_repeated_substrings_has_the_same_near_duplicates(tmp_path):
+    settings = [*SETTINGS, "dedup.near_threshold=0.4"]
+    every = load_config(None, [*settings, f"out={tmp_path / 'every'}"])
+    near = load_config(None, [*settings, f"out={tmp_path / 'near'}", f"dedup.most_tokens={60 * 139}"])
+    found = [prepare(config, workers=1) for config in (every, near)]
+    assert found[0]["train"]["documents"] == 139 and found[0]["train"]["tokens"] > 60 * 139
+    duplicates = [manifest["duplicates"] for manifest in found]
+    assert duplicates[0]["near_documents"] == duplicates[1]["near_documents"] > 5 and duplicates[1]["removed_tokens"] is None
+    pairs = zip(read_corpus(every.data_dir, "train"), read_corpus(near.data_dir, "train"), strict=True)
+    assert all((one["duplicate"] == 1).tolist() == other["duplicate"].tolist() for one, other in pairs)
+    load_prepared(dataclasses.replace(near, dedup=dataclasses.replace(near.dedup, policy="near")))
+    with pytest.raises(UserError, match="not searched for duplicates"):
+        load_prepared(dataclasses.replace(near, dedup=dataclasses.replace(near.dedup, policy="near_exact")))
 
 
 def rank_a_large_corpus(folder, shards, new=4000, shared=6000):

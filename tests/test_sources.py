@@ -1,9 +1,12 @@
 """Every format gives the same documents, mail is parsed as stated, and dirt is counted and changes nobody else's text."""
 
+import dataclasses
 import gzip
 import io
+import itertools
 import json
 import mailbox
+import sys
 import tarfile
 from email.message import EmailMessage
 
@@ -11,7 +14,7 @@ import pytest
 
 from rmft_jax.config import SourceConfig
 from rmft_jax.data.mail import text_of
-from rmft_jax.data.sources import read_documents
+from rmft_jax.data.sources import Documents, iterate, read_documents
 from rmft_jax.errors import UserError
 
 TEXTS = ["one", 'two, with "quotes"\nand a second line', "three é 😀", "four\r\nmixed\nends\rhere", "five"]
@@ -62,6 +65,118 @@ def test_formats(tmp_path, name):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
         with pytest.raises(UserError, match=r"cannot be read .*whole"):
             read(tmp_path / name, name.split(".")[1])
+
+
+OBJECTS = f"""
+import grain
+
+ROWS = [{{"id": n, "text": text}} for n, text in enumerate({TEXTS!r})]
+
+class Numbered:
+    def __len__(self):
+        return len(ROWS)
+    def __getitem__(self, number):
+        return ROWS[number]
+
+class Failing(Numbered):
+    def __getitem__(self, number):
+        return ROWS[number] if number != 1 else int(ROWS[number]["text"])
+
+class Holder:
+    inner = Numbered()
+
+def generate():
+    yield from ROWS
+
+def fail():
+    yield ROWS[0]
+    raise ValueError(ROWS[1]["text"])
+
+def broken():
+    raise ValueError("no access\\nto it")
+
+as_bytes = [row["text"].encode() for row in ROWS]
+numbered = Numbered()
+mapped = grain.MapDataset.source([row["text"] for row in ROWS]).map(lambda text: {{"text": text}})
+filtered = grain.MapDataset.range(3 * len(ROWS)).filter(lambda n: n % 3 == 0).map(lambda n: {{"text": ROWS[n // 3]["text"]}})
+iterated = mapped.to_iter_dataset()
+loaded = grain.DataLoader(data_source=numbered, sampler=grain.samplers.SequentialSampler(len(ROWS)))
+mapping, number = {{"text": "one"}}, 5
+"""
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch, numbers=itertools.count()):  # noqa: B008
+    """Return the name of a new module that holds sources, in the current folder alone."""
+    name = f"sources_of_test_{next(numbers)}"
+    (tmp_path / f"{name}.py").write_text(OBJECTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    return name
+
+
+OF_A_MODULE = "ROWS numbered Numbered Holder.inner generate mapped filtered iterated loaded".split()
+
+
+@pytest.mark.parametrize("object", [*OF_A_MODULE, "as_bytes"])
+def test_objects_of_a_module(module, object):
+    field = "" if object == "as_bytes" else "text"
+    config = SourceConfig(format="grain", path=f"{module}:{object}", text_field=field, limit=0)
+    assert list(iterate(config, Documents())) == TEXTS
+    assert list(iterate(dataclasses.replace(config, limit=2, max_characters=3), Documents())) == ["one", "two"]
+    both = read_documents(dataclasses.replace(config, heldout_path=config.path, heldout_limit=3))
+    assert (both.train, both.heldout) == (TEXTS, TEXTS[:3])
+
+
+@pytest.mark.parametrize("object, says", [
+    ("no_such_module:rows", r"cannot be loaded \(ModuleNotFoundError: No module named 'no_such_module'\)"),
+    ("{module}:rows", r"cannot be loaded \(AttributeError: .*has no attribute 'rows'\): check source.path"),
+    ("{module}:broken", r"cannot be loaded \(ValueError: no access\): check"),
+    ("{module}:mapping", "is of type dict, which is none"),
+    ("{module}:number", "is of type int, which is none"),
+    ("{module}:as_bytes", "record 0 is no JSON object: set source.text_field=''"),
+    ("{module}:Failing", r"record 1 cannot be read \(ValueError\): mend or delete it; or set source.on_error=skip"),
+    ("{module}:fail", r"record 1 cannot be read \(ValueError\): mend or delete it$"),
+])  # fmt: skip
+def test_faults_of_objects_are_one_line(module, object, says):
+    config = SourceConfig(format="grain", path=object.format(module=module), limit=0)
+    with pytest.raises(UserError, match=says) as raised:
+        list(iterate(config, Documents()))
+    assert "\n" not in str(raised.value) and "quotes" not in str(raised.value)
+    if object == "{module}:Failing":
+        found = Documents()
+        assert list(iterate(dataclasses.replace(config, on_error="skip"), found)) == [TEXTS[0], *TEXTS[2:]]
+        assert found.skipped == 1
+    with pytest.raises(UserError, match="text_field"):
+        list(iterate(SourceConfig(format="grain", path=f"{module}:ROWS", text_field="body"), Documents()))
+
+
+def test_array_records(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    for number, part in enumerate((TEXTS[:2], TEXTS[2:])):
+        for kind in ("json", "text"):
+            writer = ArrayRecordWriter(str(tmp_path / f"{kind}-{number}.array_record"), "group_size:1")
+            for text in part:
+                writer.write(json.dumps({"id": text, "text": text}).encode() if kind == "json" else text.encode())
+            writer.close()
+    for kind, field in (("json", "text"), ("text", "")):
+        config = SourceConfig(format="array_record", path=str(tmp_path / f"{kind}-*"), text_field=field)
+        assert list(iterate(config, Documents())) == TEXTS
+    first = dataclasses.replace(config, path=str(tmp_path / "text-0.array_record"))
+    assert list(iterate(first, Documents())) == TEXTS[:2]
+    torn = tmp_path / "torn.array_record"
+    torn.write_bytes((tmp_path / "text-0.array_record").read_bytes()[:-20])
+    for path in (torn, tmp_path / "none.array_record"):
+        with pytest.raises(UserError, match=r"cannot be read \(.*check the path"):
+            list(iterate(dataclasses.replace(config, path=str(path)), Documents()))
+
+
+def test_mail_of_an_object(tmp_path, monkeypatch):
+    (tmp_path / "mail_of_test.py").write_text(f"mails = [{message().as_bytes()!r}, {message().as_string()!r}]")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = SourceConfig(format="grain", path="mail_of_test:mails", text_field="", mail=True)
+    assert list(iterate(config, Documents())) == 2 * [text_of(message().as_bytes())[0]]
 
 
 def message(body="Hello,\nworld", **headers):

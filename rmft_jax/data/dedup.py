@@ -4,12 +4,16 @@ The rival method "deduplication" of the RMFT paper (Joshi & Smith, arXiv 2512.03
 Jaccard 0.8 with 128 permutations, then exact substrings of >= 100 bytes. Here the second step works on token
 ids, because a byte-level cut can split a UTF-8 character. Exact substrings follow Lee et al. 2021,
 arXiv 2107.06499, by hashes of windows and not by a suffix array: only one length is asked for.
+
+Near-duplicates are found with `rensa`, or by `datasketch_nearest` exactly as pipelines written with `datasketch` find them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from rensa import RMinHash, RMinHashDeduplicator
+
+from rmft_jax.errors import UserError
 
 # Weights of the two error areas when bands are chosen. Every LSH candidate is verified against its signature,
 # so a false positive only costs time while a false negative is lost. With equal weights, and bands that must
@@ -19,7 +23,7 @@ _FALSE_NEGATIVE_WEIGHT = 0.9
 
 
 def near_duplicates(
-    texts: Sequence[str], *, threshold: float = 0.8, num_perm: int = 128, seed: int = 42
+    texts: Iterable[str], *, threshold: float = 0.8, num_perm: int = 128, seed: int = 42
 ) -> np.ndarray:
     """Flag documents that are near-duplicates of an earlier kept document.
 
@@ -28,7 +32,7 @@ def near_duplicates(
     not indexed itself. A document without tokens is kept and never compared.
 
     Args:
-        texts: Documents, length n.
+        texts: Documents, n of them; one at a time is in memory, and up to 3 KB of each that is kept.
         threshold: Least estimated Jaccard similarity of a duplicate, in (0, 1].
         num_perm: Slots of a MinHash signature, >= 1. Use a highly composite number: bands must divide it.
         seed: Seed of the hash functions, in [0, 2**64).
@@ -46,18 +50,19 @@ def near_duplicates(
     index = RMinHashDeduplicator(
         threshold, num_perm, use_lsh=True, num_bands=_choose_bands(threshold, num_perm), seed=seed
     )
-    rows: list[int] = []
+    has_tokens: list[bool] = []
 
     def entries() -> Iterator[tuple[str, list[str]]]:
-        for row, text in enumerate(texts):
+        for text in texts:
+            tokens = text.lower().split()
+            has_tokens.append(bool(tokens))
             # Empty sets must not reach rensa, whose sketches of them are all equal (similarity 1).
-            if tokens := text.lower().split():
-                rows.append(row)
-                yield str(row), tokens  # A repeated key would count as a duplicate.
+            if tokens:
+                yield str(len(has_tokens)), tokens  # A repeated key would count as a duplicate.
 
     kept = np.array(index.add_pairs(entries()), dtype=bool)
-    flags = np.zeros(len(texts), dtype=bool)
-    flags[np.array(rows, dtype=np.intp)] = ~kept
+    flags = np.array(has_tokens, dtype=bool)
+    flags[flags] = ~kept
     return flags
 
 
@@ -86,6 +91,53 @@ def nearest_kept(
             index.add(str(row), sketch)
             sketches[row] = sketch
     return out
+
+
+def datasketch_index(threshold: float, num_perm: int):
+    """Return an empty datasketch.MinHashLSH with the bands that datasketch chooses for a threshold in (0, 1].
+
+    Raises UserError when datasketch is not installed, or finds no bands.
+    """
+    try:
+        from datasketch import MinHashLSH
+    except ImportError:
+        raise UserError("dedup.minhash=datasketch needs datasketch: pip install 'rmft-jax[datasketch]'") from None
+    try:
+        return MinHashLSH(threshold=threshold, num_perm=num_perm)
+    except ValueError as error:
+        raise UserError(
+            f"datasketch refuses dedup.near_threshold {threshold} with dedup.permutations {num_perm} ({error}): lower the "
+            f"threshold, or set dedup.minhash=rensa"
+        ) from None
+
+
+def datasketch_nearest(texts: Iterable[str], *, threshold: float = 0.8, num_perm: int = 128) -> np.ndarray:
+    """Return which kept document each near-duplicate is nearest to, int64 [n]; -1 for those that are kept.
+
+    Documents are compared as in `near_duplicates`, with datasketch's own choices: the permutations of its seed 1, its hash,
+    its bands, and no look at the signatures of what shares a band. So is done by pipelines that ask a MinHashLSH about each
+    document in turn and insert it if nothing is found; datasketch 2.0 has other permutations than the versions before.
+
+    Args:
+        texts: Documents, n of them.
+        threshold: Jaccard similarity that the bands are chosen for, in (0, 1].
+        num_perm: Slots of a MinHash signature, >= 2.
+
+    Raises:
+        UserError: As `datasketch_index` does.
+    """
+    index, sketches = datasketch_index(threshold, num_perm), {}
+    from datasketch import MinHash
+
+    words = ([word.encode("utf-8", "surrogatepass") for word in set(text.lower().split())] for text in texts)
+    out = []
+    for row, sketch in enumerate(MinHash.generator(words, num_perm=num_perm)):
+        found = [] if sketch.is_empty() else index.query(sketch)
+        out.append(max(found, key=lambda other: (sketches[other].jaccard(sketch), -other), default=-1))  # noqa: B023
+        if not found and not sketch.is_empty():
+            index.insert(row, sketch)
+            sketches[row] = sketch
+    return np.array(out, np.int64)
 
 
 def repeated_substrings(tokens: np.ndarray, document_ids: np.ndarray, *, min_tokens: int) -> np.ndarray:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from rmft_jax.data.word_cache import flat
+from rmft_jax.data.sentencepiece_tokenizer import SPACE, SPACE_BYTES
+from rmft_jax.data.word_cache import encode_around, flat
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_bytes
 from rmft_jax.progress import say
@@ -65,6 +66,8 @@ class HuggingFaceTokenizer:
         own = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
         self.vocab_size = _rows(files, own, where)
         self.bos_id, self.eos_id = self._ends(where)
+        of_bytes = [self._tokenizer.token_to_id(piece) for piece in SPACE_BYTES]
+        self._space_ids = of_bytes if self._has("decoder", "ByteFallback") and None not in of_bytes else []
 
     @classmethod
     def load(cls, path: Path) -> HuggingFaceTokenizer:
@@ -86,7 +89,7 @@ class HuggingFaceTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each string on its own, exactly as it stands: no token crosses from one into the next."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        return encode_around(SPACE, self._space_ids, texts, self._encode)
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Encode each string on its own: the ids of all, int32 [ids], and how many each has, int64 [texts]."""
@@ -108,7 +111,7 @@ class HuggingFaceTokenizer:
             elif letters and letters.issuperset(token):
                 out[id] = len(token)
             else:
-                out[id] = 1 if by_bytes and _is_byte(token) else len(token.replace("\u2581", " ").encode())
+                out[id] = 1 if by_bytes and _is_byte(token) else len(token.replace(SPACE, " ").encode())
         return out
 
     def pieces_apart(self) -> list[str]:
@@ -130,6 +133,9 @@ class HuggingFaceTokenizer:
             config[key] = self._tokenizer.id_to_token(id)
         files = {name: data for name, data in self.files.items() if name != _MODEL}
         return {_CONFIG: json.dumps(config, ensure_ascii=False, indent=1).encode()} | files
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def _has(self, part: str, kind: str) -> bool:
         return kind in _kind(self._tree.get(part))

@@ -22,12 +22,13 @@ from rmft_jax.cores import cores
 from rmft_jax.data import beam
 from rmft_jax.data.canaries import SPACE_BITS, make_canaries
 from rmft_jax.data.corpus_values import corpus_values
-from rmft_jax.data.duplicates import flag_duplicates
+from rmft_jax.data.duplicates import check_library, flag_duplicates
 from rmft_jax.data.pieces import longest_pieces
 from rmft_jax.data.pool import peak_memory, run_shards
 from rmft_jax.data.ranks import rank_shards
 from rmft_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from rmft_jax.data.shards import SPLITS, Shard, plan_shards, read_shards, texts_of
+from rmft_jax.data.sources import identity
 from rmft_jax.data.tagged_corpus import NAME, VERSION, file_name, number_kinds, record_path, write_metadata, write_records
 from rmft_jax.data.tagged_shards import Job, read_tagged, tag_shard, tokenizer_of
 from rmft_jax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_path
@@ -98,6 +99,7 @@ def prepare(config: Config, *, workers: int = 0, runner: str = "local", beam_opt
             )
         say(f"{directory}: already prepared")
         return manifest
+    check_library(config)  # before hours of work, not after
     with work_folder(directory, [SCHEMA, VERSION, _settings(config)], _inputs(config)) as folder:
         manifest = _prepare_in(Job(folder, config), workers or cores(), runner, beam_options)
         (folder / "final").rename(directory)
@@ -115,7 +117,7 @@ def load_prepared(config: Config) -> Prepared:
         where = config.data_dir
         raise UserError(f"{where} was prepared with another {changed}: use the same value, or prepare another out=")
     if config.dedup.policy != "none":
-        check_flagged(manifest)
+        check_flagged(manifest, config.dedup.policy)
     mend = "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     hashes = identities["hashes"].tolist()
@@ -146,11 +148,12 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
     return _assemble(job, shards, read, duplicates)
 
 
-def check_flagged(manifest: dict) -> None:
-    """Raise UserError for prepared data that were not searched for duplicates."""
-    if manifest.get("duplicates", {}).get("removed_tokens", 0) is None:
+def check_flagged(manifest: dict, policy: str) -> None:
+    """Raise UserError for prepared data that were not searched for the duplicates of a policy other than none."""
+    known, what = ("near_documents", "near-duplicates") if policy == "near" else ("removed_tokens", "duplicates")
+    if manifest.get("duplicates", {}).get(known, 0) is None:
         raise UserError(
-            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for duplicates: prepare them in "
+            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for {what}: prepare them in "
             f"another out= with a larger dedup.most_tokens, or set dedup.policy=none"
         )
 
@@ -310,10 +313,11 @@ def _place(file: Path, name: Path) -> None:
 
 
 def _inputs(config: Config) -> list:
-    """Return what tells whether a file that the data come from is another one now: name, size, time of each."""
+    """Return what tells whether the source or a file that the data come from is another one now."""
     words = [custom.words for custom in config.pii.custom]
-    paths = [Path(name) for name in (config.source.path, config.source.heldout_path, config.tokenizer.path, *words) if name]
-    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.exists()]
+    paths = [Path(name) for name in (config.tokenizer.path, *words) if name]
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths if path.exists()]
+    return identity(config.source) + files
 
 
 def _settings(config: Config) -> dict:

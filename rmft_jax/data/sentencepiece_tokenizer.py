@@ -11,12 +11,13 @@ import numpy as np
 import sentencepiece
 
 from rmft_jax.config import TokenizerConfig
-from rmft_jax.data.word_cache import WordCache, flat
+from rmft_jax.data.word_cache import WordCache, encode_around, flat
 from rmft_jax.errors import UserError
 from rmft_jax.files import write_bytes
 
 _UNKNOWN, _BOS, _EOS = 0, 1, 2  # of the models trained here
-_SPACE = "\u2581"
+SPACE = "\u2581"  # what pieces have for a space. In a text it is encoded as its bytes, or it would come back as a space
+SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 
 
 class SentencePieceTokenizer:
@@ -37,6 +38,8 @@ class SentencePieceTokenizer:
         if not ids:
             raise UserError("the SentencePiece model has no piece for the beginning or end of a text: take another one")
         self.bos_id, self.eos_id = ids[0], ids[-1]
+        bytes_of_it = [self._processor.PieceToId(piece) for piece in SPACE_BYTES]
+        self._space_ids = bytes_of_it if all(map(self._processor.IsByte, bytes_of_it)) else []
         self._words = self._word_cache()
 
     @classmethod
@@ -104,7 +107,7 @@ class SentencePieceTokenizer:
         """Return how many UTF-8 bytes each id stands for (0 for special ones)."""
         piece, is_byte = self._processor.IdToPiece, self._processor.IsByte
         return [
-            0 if self._is_special(id) else 1 if is_byte(id) else len(piece(id).replace(_SPACE, " ").encode())
+            0 if self._is_special(id) else 1 if is_byte(id) else len(piece(id).replace(SPACE, " ").encode())
             for id in range(self.vocab_size)
         ]
 
@@ -120,8 +123,8 @@ class SentencePieceTokenizer:
         """Return tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same ids.
 
         Those of a unigram model may differ between ways of equal probability, which rounding decides, and where a text holds
-        a special piece such as "<s>" in letters that the model does not know. Raises UserError for a model that is neither
-        BPE nor unigram.
+        a special piece such as "<s>" in letters that the model does not know. U+2581 in a text is a space there.
+        Raises UserError for a model that is neither BPE nor unigram.
         """
         specials = [id for id in range(self.vocab_size) if self._is_special(id)]
         names = {id: self._processor.IdToPiece(id) for id in specials}
@@ -134,13 +137,13 @@ class SentencePieceTokenizer:
                 | {"normalized": False, "special": True}
                 for id, name in names.items()
             ],
-            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             "pre_tokenizer": None,
             "post_processor": None,
             "decoder": {
                 "type": "Sequence",
                 "decoders": [
-                    {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                     {"type": "ByteFallback"},
                     {"type": "Fuse"},
                 ],
@@ -160,7 +163,7 @@ class SentencePieceTokenizer:
         return {name: json.dumps(tree, ensure_ascii=False, indent=1).encode() for name, tree in trees.items()}
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.Encode(texts, num_threads=1)
+        return encode_around(SPACE, self._space_ids, texts, lambda parts: self._processor.Encode(parts, num_threads=1))
 
     def _word_cache(self) -> WordCache | None:
         """Return a cache of words, where the ids of a text are those of its words one after the other: in BPE alone, as
@@ -169,7 +172,7 @@ class SentencePieceTokenizer:
         # BPE scores pieces by their rank. The model itself would say, but its protocol does not load beside Beam's protobuf.
         if not all(self._processor.GetScore(id).is_integer() for id in ids):
             return None
-        return WordCache.of_pieces((self._processor.IdToPiece(id).replace(_SPACE, " ") for id in ids), self._encode)
+        return WordCache.of_pieces((self._processor.IdToPiece(id).replace(SPACE, " ") for id in ids), self._encode)
 
     def _is_special(self, id: int) -> bool:
         return self._processor.IsControl(id) or self._processor.IsUnknown(id)

@@ -1,4 +1,4 @@
-"""Read documents: from files, or from the bundled generator."""
+"""Read documents: from files, from objects of Python, or from the bundled generator."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import array
 import contextlib
 import csv
 import errno
+import glob
 import gzip
 import importlib
 import io
@@ -25,6 +26,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from rmft_jax.config import SourceConfig
+from rmft_jax.data import grain_source
 from rmft_jax.data.mail import read_mbox, read_tree, text_of
 from rmft_jax.errors import UserError
 
@@ -90,6 +92,16 @@ def iterate(config: SourceConfig, documents: Documents, *, heldout: bool = False
 def has_heldout(config: SourceConfig) -> bool:
     """Return whether the held-out documents are another file, and not set aside."""
     return config.format not in ("synthetic", "python_docs") and bool(config.heldout_path)
+
+
+def identity(config: SourceConfig) -> list:
+    """Return what tells whether a source is another one now: name, size, time of each file that there is, or what
+    `grain_source.identity` says. Raises UserError for a grain source that cannot be loaded."""
+    paths = [path for path in (config.path, config.heldout_path) if path]
+    if config.format == "grain":
+        return [grain_source.identity(path) for path in paths]
+    files = [Path(name) for path in paths for name in _files(path)]
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()]
 
 
 def set_aside(count: int, config: SourceConfig) -> set[int]:
@@ -311,6 +323,46 @@ def _tfds(path: str, config: SourceConfig) -> Iterator[Record]:
         yield _field(record, config, f"record {number}")
 
 
+def _grain(path: str, config: SourceConfig) -> Iterator[Record]:
+    """Yield the records of a source that is an object of Python."""
+    yield from _items(grain_source.load_source(path), path, config)
+
+
+def _array_record(path: str, config: SourceConfig) -> Iterator[Record]:
+    """Yield the records of an ArrayRecord file, or of all those that a pattern such as data/*.array_record names."""
+    from grain.python import ArrayRecordDataSource
+
+    try:
+        source = ArrayRecordDataSource(_files(path))
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0][:200]) from None
+    yield from _items(source, path, config)
+
+
+def _items(source, path: str, config: SourceConfig) -> Iterator[Record]:
+    """Yield records that are dicts, JSON objects, or, without source.text_field, the text itself."""
+    for number, item, problem in grain_source.read_records(source, path):
+        if problem:
+            yield Record("", problem)
+            continue
+        faults: tuple[str, ...] = ()
+        if isinstance(item, str | bytes) and not config.text_field:
+            item = {"": item}
+        elif isinstance(item, str | bytes):
+            text, faults = _decode(item) if isinstance(item, bytes) else (item, ())
+            with contextlib.suppress(ValueError, RecursionError):
+                item = json.loads(text)
+            if not isinstance(item, dict):
+                yield Record("", f"record {number} is no JSON object: set source.text_field='' if records are the text")
+                continue
+        yield _field(item, config, f"record {number}", faults)
+
+
+def _files(path: str) -> list[str]:
+    """Return the files that a pattern names, in order; the path itself where there are none."""
+    return [path] if Path(path).exists() else sorted(glob.glob(path)) or [path]
+
+
 def _text(path: str, config: SourceConfig) -> Iterator[Record]:
     """Yield the documents of a text file, separated by a line that holds `config.separator` alone."""
     lines: list[bytes] = []
@@ -339,6 +391,8 @@ _READERS = {
     "mbox": _mbox,
     "maildir": _maildir,
     "tfds": _tfds,
+    "array_record": _array_record,
+    "grain": _grain,
 }
 
 

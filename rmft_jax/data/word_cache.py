@@ -18,6 +18,23 @@ def flat(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(chain.from_iterable(ids), np.int32, sizes.sum()), sizes
 
 
+def encode_around(
+    sign: str, ids: Sequence[int], texts: Sequence[str], encode: Callable[[list[str]], list[list[int]]]
+) -> list[list[int]]:
+    """Encode each text, with `ids` in the place of each `sign` in it; without ids as `encode` does."""
+    if not ids or not any(sign in text for text in texts):
+        return encode(list(texts))
+    parts = [text.split(sign) for text in texts]
+    found = iter(encode(list(chain.from_iterable(parts))))
+    out = []
+    for some in parts:
+        joined = list(next(found))
+        for _ in some[1:]:
+            joined += [*ids, *next(found)]
+        out.append(joined)
+    return out
+
+
 class _Rows(dict):
     """Numbers words as they are asked for. new: those that were numbered since it was last emptied."""
 
