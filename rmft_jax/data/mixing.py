@@ -17,7 +17,7 @@ from rmft_jax.pii.bank import join_banks
 from rmft_jax.pii.detector import detector
 from rmft_jax.pii.values import keyed_hash
 
-_LATER = 1 << 30  # a rank that no policy takes for the first occurrence, nor for one of the first k
+_LATER = 1 << 30  # a rank that no policy takes for the first occurrence, for one drawn among all, or for one of the first k
 
 
 def open_mix(config: Config, prepared: Prepared) -> list[Prepared]:
