@@ -469,11 +469,12 @@ def _print_replay(found: dict) -> None:
         f"{'finite' if found['parameters_finite'] else 'not finite'}",
         title_justify="left",
     )
-    for column in ("block", "epoch", "documents", "tokens", "of them PII", "loss", "gradient norm"):
+    mixed = ["data"] if "data" in found["rows"][0] else []
+    for column in (*mixed, "block", "epoch", "documents", "tokens", "of them PII", "loss", "gradient norm"):
         table.add_column(column, justify="right")
     for row in found["rows"]:
         documents = ", ".join(map(str, row["documents"][:4])) + (", ..." if len(row["documents"]) > 4 else "")
-        counts = (str(row[name]) for name in ("block", "epoch"))
+        counts = (str(row[name]) for name in (*mixed, "block", "epoch"))
         rest = (str(row["tokens"]), str(row["pii_tokens"]), number(row["loss"]), number(row["gradient_norm"]))
         table.add_row(*counts, documents, *rest)
     console = Console() if sys.stdout.isatty() else Console(width=120)

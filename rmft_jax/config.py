@@ -325,9 +325,23 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """Another corpus to train on beside the run's own (docs/data.md).
+
+    data: the folder that `rmft prepare` wrote, with the same tokenizer and the same types of personal data.
+    weight: the share of the sequences that are drawn from it, above 0. Those of all such corpora add up to less than 1; the
+    rest are of the run's own.
+    """
+
+    data: str = ""
+    weight: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Optimisation. batch_size: sequences per step over all devices; steps 0 = `epochs` passes over the data.
 
+    mix: other corpora to train on, each with its share of the sequences; `epochs` are those of the run's own data.
     dropout: probability, on the embedding and on what each attention and MLP adds to the residual stream.
     early_stopping: stop when held-out perplexity has not improved for so many checkpoints, 0 = never; the best checkpoint
     is then the model handed over.
@@ -382,6 +396,17 @@ class TrainingConfig:
     wandb: str = ""
     objective: str = "causal"
     mask_share: float = 0.15
+    mix: tuple[MixConfig, ...] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Return the share of each corpus in `mix`."""
+        return tuple(part.weight for part in self.mix)
+
+    @property
+    def own_share(self) -> float:
+        """Return the share of the sequences that are of the run's own data."""
+        return 1 - sum(self.weights)
 
 
 @dataclass(frozen=True)
@@ -733,6 +758,16 @@ def _rules(config: Config) -> typing.Iterator[str]:
     if privacy.on and training.accumulation > 1:
         yield (f"training.accumulation is {training.accumulation} under privacy (DP-SGD), where privacy.microbatch does "
                f"the same: set that one, and training.accumulation=1")  # fmt: skip
+    for number, part in enumerate(training.mix):
+        if not part.data:
+            yield f"training.mix.{number}.data is empty: name a folder that `rmft prepare` wrote, such as runs/NAME/data"
+        if not 0 < part.weight < 1:
+            yield f"training.mix.{number}.weight is {part.weight}: set it above 0 and below 1, a share of the sequences"
+    if training.own_share <= 0:
+        yield (f"training.mix has weights that add up to {sum(training.weights):g}, which leaves nothing for the run's own "
+               f"data: lower them to less than 1 together")  # fmt: skip
+    if privacy.on and training.mix:
+        yield "privacy (DP-SGD) and training.mix are both set: the accountant knows one corpus alone, leave one of them out"
     if training.objective == "masked" and config.loss.elr_weight:
         yield "training.objective is masked and loss.elr_weight is set: they do not work together here, leave one out"
     if config.loss.elr_top and training.accumulation > 1:

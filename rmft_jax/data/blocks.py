@@ -81,7 +81,7 @@ class Corpus:
         self.span = {name: np.concatenate([slot0, *values]) for name, values in spans.items()}
         span_document = np.concatenate([slot0 - 1, *span_documents])
         if scope != "occurrence":
-            self.span["id"] = _shared_ids(self.span, span_document if scope == "document" else np.zeros_like(span_document))
+            self.span["id"] = shared_ids(self.span, span_document if scope == "document" else np.zeros_like(span_document))
         if scope == "document":
             self.span["rank"][1:] = _document_ranks(self.span["identity"][1:], span_document[1:])
         self.span["count"] = _counts(self.span)
@@ -222,7 +222,7 @@ def _sharers(value: np.ndarray, kind: np.ndarray, span_of: np.ndarray, span: dic
     return np.where(kind > 0, count, 0)
 
 
-def _shared_ids(span: dict[str, np.ndarray], document: np.ndarray) -> np.ndarray:
+def shared_ids(span: dict[str, np.ndarray], document: np.ndarray) -> np.ndarray:
     """Return int64 [spans]: the id of the first span that has the same identity in the same document."""
     _, first, group = np.unique(np.stack([document, span["identity"]]), axis=1, return_index=True, return_inverse=True)
     return span["id"][first[group.reshape(-1)]]

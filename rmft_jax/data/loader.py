@@ -1,8 +1,14 @@
-"""Feed blocks to the train step: shuffled by seed and epoch, split over processes, prefetched (grain)."""
+"""Feed blocks to the train step: of one corpus or several, shuffled by seed and epoch, split over processes, prefetched
+(grain)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import grain.python as grain
 import numpy as np
@@ -11,35 +17,122 @@ from rmft_jax.data.blocks import Blocks, as_batch, fill_up
 from rmft_jax.kernels import TaggedBatch
 
 _KEPT_BYTES = 256 << 20
+_APART = 0x9E3779B9  # between the seeds of two corpora
 
 
-def shuffled(blocks: int, seed: int) -> grain.MapDataset:
-    """Return the endless sequence of shuffled epochs: (block, epoch) at each place."""
+def shuffled(blocks: int, seed: int, first: int = 0) -> grain.MapDataset:
+    """Return the endless sequence of shuffled epochs: (block, epoch) at each place. first: number of the first block."""
     order = grain.MapDataset.range(blocks).seed(seed).shuffle().repeat(None)
-    return order.map_with_index(lambda index, block: (block, index // blocks))
+    return order.map_with_index(lambda index, block: (first + block, index // blocks))
+
+
+class Mixture:
+    """The blocks of a run: those of its own corpus, then those of the corpora that are mixed in, numbered through.
+
+    own: the blocks of the run's own corpus.
+    """
+
+    def __init__(self, sources: Sequence[Blocks], weights: Sequence[float] = ()):
+        """weights: of all but the first source, each one's share of the examples; the first has what is left."""
+        self.sources, self.own, self._weights = tuple(sources), sources[0], tuple(weights)
+        self._first = list(itertools.accumulate(map(len, sources), initial=0))
+        self.width = self.own.width
+        self.max_components = max(source.max_components for source in sources)
+        self.max_spans = max(source.max_spans for source in sources)
+        for source in sources:  # rows of one shape
+            source.max_components, source.max_spans = self.max_components, self.max_spans
+
+    @classmethod
+    def of(cls, blocks: Blocks | Mixture) -> Mixture:
+        """Return a mixture as it is, and blocks as a mixture of one."""
+        return blocks if isinstance(blocks, Mixture) else cls([blocks])
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        source, block = self.locate(number)
+        row = self.sources[source][block]
+        return row | {"example": np.int32(number - len(self))} if source else row
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Return the source of a block, and its number there."""
+        source = int(np.searchsorted(self._first, number, side="right")) - 1
+        return source, int(number) - self._first[source]
+
+    def order(self, seed: int) -> grain.MapDataset:
+        """Return the endless sequence of examples: (block, epoch of its source) at each place.
+
+        Each source keeps to an endless sequence of shuffled epochs of its own; `shares` says which one is next.
+        """
+        orders = [
+            shuffled(len(source), (seed + number * _APART) % 2**32, first)
+            for number, (source, first) in enumerate(zip(self.sources, self._first, strict=False))
+        ]
+        return grain.MapDataset.select_from_datasets(orders, _Turns(self._weights)) if self._weights else orders[0]
+
+
+def shares(weights: Sequence[float], examples: int) -> list[int]:
+    """Return how many of the first `examples` each source of a mixture has. weights: of all sources but the first.
+
+    Exact for any number: the first source has examples x weight rounded up, so has each further one of what is left by then,
+    with its weight among those that are left. Of two sources neither is ever a whole example from its share.
+    """
+    parts = _parts(tuple(weights))
+    out, rest = [], sum(parts)
+    for part in parts:
+        later = examples * (rest - part) // rest
+        out.append(examples - later)
+        examples, rest = later, rest - part
+    return out
+
+
+@functools.lru_cache(16)
+def _parts(weights: tuple[float, ...]) -> tuple[int, ...]:
+    """Return whole numbers in the relation of the weights of all sources."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = math.lcm(*(weight.denominator for weight in exact))
+    return tuple(int(weight * whole) for weight in (1 - sum(exact), *exact))
+
+
+class _Turns(grain.DatasetSelectionMap):
+    """Whose turn it is at each place, and which of its examples comes: grain's own `mix` rounds weights to hundredths of the
+    least one, and so drifts off."""
+
+    def __init__(self, weights: Sequence[float]):
+        self._weights = tuple(weights)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        before, after = (shares(self._weights, count) for count in (place, place + 1))
+        source = next(number for number, count in enumerate(before) if count < after[number])
+        return source, before[source]
 
 
 def batches(
-    blocks: Blocks, *, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1
+    blocks: Blocks | Mixture, *, batch_size: int, seed: int, start: int = 0, process: int = 0, processes: int = 1
 ) -> Iterator[TaggedBatch]:
     """Yield this process' share of every batch, from step `start` on, without end.
 
-    Step s of the whole run takes examples [s B, (s + 1) B) of the endless sequence of shuffled epochs, whatever the number
+    Step s of the whole run takes examples [s B, (s + 1) B) of the endless sequence of `Mixture.order`, whatever the number
     of processes; so the state of the loader is the step alone.
 
     Args:
       batch_size: B, sequences per step over all processes, divisible by `processes`.
       seed: of the shuffle; each epoch has an order of its own.
     """
-    local, rows = shuffled(len(blocks), seed)[start * batch_size + process :: processes], _Rows(blocks)
+    mixture = Mixture.of(blocks)
+    local, rows = mixture.order(seed)[start * batch_size + process :: processes], _Rows(mixture)
     yield from local.batch(batch_size // processes, batch_fn=rows.batch).to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
     )
 
 
-def examples_of(blocks: int, *, batch_size: int, seed: int, step: int) -> list[tuple[int, int]]:
+def examples_of(blocks: Mixture, *, batch_size: int, seed: int, step: int) -> list[tuple[int, int]]:
     """Return the (block, epoch) pairs of a step of the whole run, numbered from 1, in the order of the batch."""
-    order = shuffled(blocks, seed)
+    order = blocks.order(seed)
     return [tuple(map(int, order[place])) for place in range((step - 1) * batch_size, step * batch_size)]
 
 
@@ -47,7 +140,7 @@ class _Rows:
     """Rows by number. Those of a small corpus are kept once they are made: a row takes longer to make than a small model to
     learn it."""
 
-    def __init__(self, blocks: Blocks):
+    def __init__(self, blocks: Mixture):
         self._blocks, self._table = blocks, None
         first = blocks[0]
         if len(blocks) * sum(value.nbytes for value in first.values()) <= _KEPT_BYTES:

@@ -118,7 +118,12 @@ def load_prepared(config: Config) -> Prepared:
         raise UserError(f"{where} was prepared with another {changed}: use the same value, or prepare another out=")
     if config.dedup.policy != "none":
         check_flagged(manifest, config.dedup.policy)
-    mend = "run `rmft prepare` again in another out="
+    return read_prepared(directory)
+
+
+def read_prepared(directory: Path) -> Prepared:
+    """Read what `prepare` left in a folder on a disk, whatever its settings. Raises UserError when it is missing."""
+    manifest, mend = _manifest(directory), "run `rmft prepare` again in another out="
     identities = read_arrays(directory / "identities.npz", "identity index", mend)
     hashes = identities["hashes"].tolist()
     return Prepared(
@@ -148,14 +153,26 @@ def _prepare_in(job: Job, workers: int, runner: str, beam_options: Sequence[str]
     return _assemble(job, shards, read, duplicates)
 
 
-def check_flagged(manifest: dict, policy: str) -> None:
+def check_flagged(manifest: dict, policy: str, where: str = "the data") -> None:
     """Raise UserError for prepared data that were not searched for the duplicates of a policy other than none."""
     known, what = ("near_documents", "near-duplicates") if policy == "near" else ("removed_tokens", "duplicates")
     if manifest.get("duplicates", {}).get(known, 0) is None:
         raise UserError(
-            f"the data have {manifest['train']['tokens']:,} tokens and were not searched for {what}: prepare them in "
+            f"{where} have {manifest['train']['tokens']:,} tokens and were not searched for {what}: prepare them in "
             f"another out= with a larger dedup.most_tokens, or set dedup.policy=none"
         )
+
+
+def pii_names(manifest: dict) -> list[str]:
+    """Return the names of the PII types of prepared data, in the order of their numbers."""
+    pii = manifest["settings"]["pii"]
+    return [*pii["types"], *(custom["name"] for custom in pii["custom"])]
+
+
+def source_name(manifest: dict) -> str:
+    """Return what the text of prepared data is called in results: the name of its file, or its format."""
+    source = manifest["settings"]["source"]
+    return Path(source["path"]).name or source["format"]
 
 
 def begin(job: Job) -> tuple[dict, list[Shard]]:

@@ -39,8 +39,8 @@ class TaggedBatch(NamedTuple):
     span_id: [B, S], what draws depend on: spans of one id get one surrogate. Usually every occurrence has its own.
     span_end: [B, S], the row position of the last token; -1 when the span does not lie in this row as a whole.
     epoch: [B], how often the row has been visited before.
-    example: [B], the number of the row among the rows of an epoch. tag: [B, W], tokens to be counted apart, 0 = none.
-        Masking looks at neither of the two.
+    example: [B], the number of the row among the rows of an epoch; below 0, counted from the end of all rows, where it is of
+        a corpus that is mixed in. tag: [B, W], tokens to be counted apart, 0 = none. Masking looks at neither of the two.
     """
 
     tokens: jax.Array

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 import rmft_jax
-from rmft_jax.data.prepare import load_prepared
+from rmft_jax.data.prepare import load_prepared, pii_names, source_name
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, read_lines, write_json
 from rmft_jax.memorization.extraction import paired_perplexities, read_evaluation
@@ -24,6 +24,7 @@ from rmft_jax.memorization.rates import (
 from rmft_jax.training.setup import load_run_config
 
 SCHEMA = 1
+_MIX = ("source", "weight", "epochs", "content_hash")
 DESCRIPTIONS = {
     "none": "plain training",
     "rmft": "randomized masking",
@@ -299,6 +300,7 @@ def _describe_run(run: Path, audit: dict, mdp: np.ndarray) -> dict:
         "steps": about["steps"],
         "epochs": about["epochs"],
         "training_tokens": about["training_tokens"],
+        **({"mix": [{key: part[key] for key in _MIX} for part in about["mix"]]} if "mix" in about else {}),
         **_describe_time(run),
         "mean": mean_tree([entry["prompts"] for entry in checkpoints]),
         "checkpoints": checkpoints,
@@ -331,14 +333,13 @@ def _describe_method(method: str) -> str:
 
 
 def _describe_data(manifest: dict, audit: dict) -> dict:
-    source = manifest["settings"]["source"]
     return {
-        "source": Path(source["path"]).name or source["format"],
+        "source": source_name(manifest),
         "documents": manifest["train"]["documents"],
         "tokens": manifest["train"]["tokens"],
         "pii_occurrences": manifest["train"]["pii_occurrences"],
         "pii_identities": audit["identities"],
-        "pii_types": [*(pii := manifest["settings"]["pii"])["types"], *(custom["name"] for custom in pii["custom"])],
+        "pii_types": pii_names(manifest),
         "pii_repeating_pct": manifest["pii_repeating_pct"],
         "heldout_documents": manifest["heldout"]["documents"],
         "content_hash": manifest["content_hash"],

@@ -103,6 +103,56 @@ def build_bank(
     )
 
 
+def join_banks(
+    banks: Sequence[SurrogateBank], names: Sequence[Sequence[str]], real: Sequence[np.ndarray], types: Sequence[PiiType]
+) -> SurrogateBank:
+    """Return the surrogates of several corpora as one bank: all tables of the first, then those of the second, ...
+
+    So kind k of a corpus becomes k + the number of tables before its own. Recombined and look-alike strings stay those of
+    each corpus. Invented ones go where another corpus has them as a component, except where a kind's whole stock is real. A
+    real value of one is a real value for all.
+
+    Args:
+      banks, names: of each corpus; the latter "TYPE KIND" of its kinds from 1 on.
+      real: of each corpus the `component_value` of its components, int [any].
+      types: those of all corpora, numbered alike.
+
+    Returns: a SurrogateBank of numpy arrays.
+
+    Raises UserError when no surrogate of a kind is left.
+    """
+    by_name = {type.name: type for type in types}
+    tables, pieces = (np.cumsum([0, *map(len, of_banks)]).tolist() for of_banks in
+                      ([bank.counts for bank in banks], [bank.tokens for bank in banks]))  # fmt: skip
+    every = lambda field: np.concatenate([getattr(bank, field) for bank in banks])  # noqa: E731
+    moved = lambda field, by: np.concatenate([getattr(bank, field) + n for bank, n in zip(banks, by, strict=False)])  # noqa: E731
+    counts, values = every("counts"), every("values")
+    ends, keep = np.cumsum(counts), np.ones(len(values), bool)
+    for corpus, kinds in enumerate(names):
+        others = np.unique(np.concatenate([np.zeros(0, np.int32), *real[:corpus], *real[corpus + 1 :]]))
+        for number, (type, _, kind) in enumerate((name.partition(" ") for name in kinds), tables[corpus] + 1):
+            if _is_closed(by_name[type], by_name[type].surrogates(kind)):
+                continue
+            rows = slice(ends[number] - counts[number], ends[number])
+            keep[rows] = ~np.isin(values[rows], others)
+            if not keep[rows].any():
+                raise UserError(f"no surrogate of {type} ({kind}) is left that no corpus of training.mix has: prepare them "
+                                f"with a larger masking.surrogates")  # fmt: skip
+    left = np.bincount(np.repeat(np.arange(len(counts)), counts)[keep], minlength=len(counts)).astype(np.int32)
+    return banks[0]._replace(
+        tokens=every("tokens"),
+        begins=moved("begins", pieces)[keep],
+        lengths=every("lengths")[keep],
+        values=values[keep],
+        first=(np.cumsum(left) - left).astype(np.int32),
+        counts=left,
+        anchor_class=every("anchor_class"),
+        recombined=moved("recombined", tables),
+        look_alike=moved("look_alike", tables),
+        real=np.unique(every("real")),
+    )
+
+
 def in_stock(detector: Detector) -> Callable[[str, int], bool]:
     """Return whether a component (text, kind) is one of those that surrogates of its kind are invented from."""
     types, names = detector.types, [None, *detector.kinds.names]
@@ -184,7 +234,7 @@ def _key(type: PiiType) -> Callable[[str], str]:
 def _invented(encode: Encode, type: PiiType, kind: str, real: set[str], rows: int, seed: int) -> _Table:
     stock, key = sorted(type.surrogates(kind)), _key(type)
     fresh = [text for text in stock if key(text) not in real]
-    if type.split and len(stock) < _FEW:
+    if _is_closed(type, stock):
         fresh = stock
     elif type.split and len(fresh) < _FEW:  # nearly every word is somebody's: two in one are nobody's
         rng = random.Random(seed)
@@ -195,6 +245,11 @@ def _invented(encode: Encode, type: PiiType, kind: str, real: set[str], rows: in
             f"no surrogate of {type.name} ({kind}) is left that the corpus does not have: widen its pattern, or leave it out"
         )
     return table
+
+
+def _is_closed(type: PiiType, stock: Iterable[str]) -> bool:
+    """Return whether a stock is all that there is of its kind, such as the common TLDs."""
+    return type.split is not None and len(list(stock)) < _FEW
 
 
 def _table(stock: Iterable[str], encode: Encode, pieces: int, rows: int, seed: int) -> _Table:

@@ -27,6 +27,7 @@ def model_card(results: dict) -> str:
         documents=view.text("data", "documents"), tokens=view.text("data", "tokens"),
         types=", ".join(view.value("data", "pii_types") or ["email"]), occurrences=view.text("data", "pii_occurrences"),
         heldout=view.text("data", "heldout_documents"), content_hash=view.text("data", "content_hash"),
+        mixed=[_mixed(view, run) for run in view.runs if view.value("runs", run, "mix")],
         prompts=f"{named} prompts" if named else "prompts", new_tokens=view.text("settings", "new_tokens"),
         command=view.text("command"), version=view.text("version"))  # fmt: skip
 
@@ -43,6 +44,14 @@ def _plain(markup) -> str:
     for tag in ("strong", 'strong class="line"'):
         text = text.replace(f"<{tag}>", "\0")
     return _escaped(type(markup)(text.replace("</strong>", "\0")).striptags()).replace("\0", "**")
+
+
+def _mixed(view: View, run: str) -> str:
+    parts = [
+        f"{100 * part['weight']:g} % of its sequences from {_escaped(part['source'])}, content hash `{part['content_hash']}`"
+        for part in view.value("runs", run, "mix")
+    ]
+    return f"{_escaped(run)} was also trained on other text, of which nothing was attacked: {', '.join(parts)}."
 
 
 def _escaped(text: str) -> str:

@@ -24,4 +24,6 @@ def run_study(name: str, config: Config, *, command: str) -> dict:
     """Run one study by name and return its results. Raises UserError for an unknown name."""
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}: choose one of {', '.join(STUDIES)}")
+    if config.training.mix and name != "rmft":
+        raise UserError(f"training.mix is set, but `rmft study {name}` trains on one corpus: leave it out")
     return importlib.import_module(f"rmft_jax.studies.{name.replace('-', '_')}").run(config, command=command)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rmft_jax.config import Config
-from rmft_jax.data.loader import examples_of
+from rmft_jax.data.loader import Mixture, examples_of
 from rmft_jax.devices import is_main
 from rmft_jax.files import LineFile, read_lines
 
@@ -15,10 +15,11 @@ FILE = "skipped.jsonl"
 
 
 class LeftOut:
-    """A line for each step that was left out: step, epoch (of its first row), blocks. Lines after the resumed step go."""
+    """A line for each step that was left out: step, epoch (of its first row), blocks, and with training.mix corpora (of each
+    block: 0 = the run's own, n = the n-th of the mix). Lines after the resumed step go."""
 
-    def __init__(self, directory: Path, config: Config, blocks: int, begin: int):
-        """blocks: of the training text. begin: the step to go on from."""
+    def __init__(self, directory: Path, config: Config, blocks: Mixture, begin: int):
+        """begin: the step to go on from."""
         self._path, self._blocks = directory / FILE, blocks
         self._order = {"batch_size": config.training.batch_size, "seed": config.seed}
         kept = [record for record in read_lines(self._path) if record["step"] <= begin]
@@ -36,5 +37,7 @@ class LeftOut:
         self._file = self._file or LineFile(self._path)
         for step in new:
             pairs = examples_of(self._blocks, step=step, **self._order)
-            self._file.add({"step": step, "epoch": pairs[0][1], "blocks": [block for block, _ in pairs]})
+            corpora, blocks = zip(*(self._blocks.locate(number) for number, _ in pairs), strict=True)
+            mixed = {"corpora": list(corpora)} if len(self._blocks.sources) > 1 else {}
+            self._file.add({"step": step, "epoch": pairs[0][1], "blocks": list(blocks), **mixed})
         self._file.flush()

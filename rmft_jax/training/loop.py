@@ -28,7 +28,7 @@ from rmft_jax.training.left_out import LeftOut
 from rmft_jax.training.mesh import batch_sharding, replicated
 from rmft_jax.training.peers import Peers, peer_timeout
 from rmft_jax.training.preemption import Preemption
-from rmft_jax.training.setup import Plan, Run, describe, set_up
+from rmft_jax.training.setup import Plan, Run, describe, describe_mix, set_up
 from rmft_jax.training.step import compile_eval_step, compile_train_step, model_of
 from rmft_jax.training.tracker_log import TrackerLog
 
@@ -100,12 +100,12 @@ def _run(
     local = {"process": jax.process_index(), "processes": jax.process_count()}
     batch_size = config.training.batch_size
     source = batches(blocks, batch_size=batch_size, seed=config.seed, start=begin, **local)
-    left_out = LeftOut(directory, config, len(blocks), begin)
+    left_out = LeftOut(directory, config, blocks, begin)
     log = MetricsLog(directory, run, begin, goodput, left_out)
     clock = Clock(config.checkpoint.every_minutes, config.training.log_every)
     memory = None
     if config.tracker.enabled:
-        memory = TrackerLog(directory, config, len(blocks), begin, state["tracker"]["counts"])
+        memory = TrackerLog(directory, config, len(blocks.own), begin, state["tracker"]["counts"])
     stops = set(plan.checkpoint_steps) | (set(range(every, plan.steps, every)) if every else set())
     profile = Profile(directory / "profile", config.training.profile_at)
     work = dispatches(begin, plan.steps, most, stops)
@@ -354,7 +354,8 @@ def _describe(run: Run, stop: dict | None = None) -> dict:
         **({"trained_parameters": count_params(state["adapters"])} if config.lora.rank else {}),
         "steps": plan.steps,
         "epochs": plan.steps / plan.steps_per_epoch,
-        "training_tokens": len(run.blocks.corpus.tokens),
+        "training_tokens": len(run.blocks.own.corpus.tokens),
+        **({"mix": describe_mix(run)} if run.others else {}),
         "checkpoint_steps": list(plan.checkpoint_steps),
         **({"early_stopping": stop} if stop else {}),
         **({"privacy": accountant.describe(taken)} if accountant else {}),

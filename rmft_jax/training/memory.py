@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rmft_jax.config import Config, LossConfig, ModelConfig, TrainingConfig
 from rmft_jax.data.blocks import Blocks
+from rmft_jax.data.loader import Mixture
 from rmft_jax.data.prepare import Prepared
 from rmft_jax.errors import UserError
 from rmft_jax.kernels import MaskedBatch, SurrogateBank, TaggedBatch, top_targets
@@ -82,7 +83,7 @@ class Memory:
         return {name: size for name, size in sorted(terms.items(), key=lambda item: -item[1]) if size}
 
 
-def inputs_of(prepared: Prepared, blocks: Blocks) -> Inputs:
+def inputs_of(prepared: Prepared, blocks: Blocks | Mixture) -> Inputs:
     """Return the shapes that prepared data and their training blocks give a step."""
     tokenizer = prepared.tokenizer
     slots = blocks.max_components, blocks.max_spans

@@ -21,7 +21,7 @@ from rmft_jax.training.memory import Inputs, Memory, abstract_batch, abstract_st
 from rmft_jax.training.mesh import abstract_mesh, check_mesh, make_mesh, mesh_sizes
 from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.roofline import CHIPS, Chip, expected_bytes, step_time
-from rmft_jax.training.setup import load_blocks, make_plan
+from rmft_jax.training.setup import load_mixture, make_plan
 from rmft_jax.training.step import compile_train_step
 
 SCHEMA = 1
@@ -209,10 +209,13 @@ def _data(config: Config) -> tuple[Inputs, dict, str]:
         prepared = load_prepared(config)
     except UserError as error:
         return assumed_inputs(config), steps, f"data in {config.data_dir} are of another config, shapes assumed ({error})"
-    blocks, _ = load_blocks(config, prepared)
-    run = make_plan(config, len(blocks))
+    prepared, _, blocks, _ = load_mixture(config, prepared)
+    run = make_plan(config, len(blocks.own))
     known = {"steps": run.steps, "epochs": run.steps / run.steps_per_epoch}
-    return inputs_of(prepared, blocks), known, f"{len(blocks):,} blocks in {config.data_dir}"
+    parts = [f"{len(blocks.own):,} blocks in {config.data_dir}"]
+    for part, source in zip(config.training.mix, blocks.sources[1:], strict=True):
+        parts.append(f"{100 * part.weight:g}% of the sequences from {len(source):,} in {part.data}")
+    return inputs_of(prepared, blocks), known, ", ".join(parts)
 
 
 def _compiled(config: Config, inputs: Inputs, devices: int, memory: Memory, chip: str, topology: str) -> dict:

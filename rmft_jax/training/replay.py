@@ -31,9 +31,9 @@ def replay(directory: Path, step: int = 0) -> dict:
 
     step: 0 = the last one that was left out. Written to RUN/replay/STEP.json: from_step, the checkpoint it began at; loss
     and gradient_norm of the whole batch (None where not finite); left_out, whether the step was left out again;
-    parameters_finite; and rows, those that are not finite before the others, the largest loss first: block, epoch, documents
-    (their numbers in the prepared data), tokens, pii_tokens (as tagged), loss, gradient_norm (of the row alone, without
-    dropout).
+    parameters_finite; and rows, those that are not finite before the others, the largest loss first: data (with training.mix
+    alone: the folder of the corpus), block, epoch, documents (their numbers in the prepared data), tokens, pii_tokens
+    (as tagged), loss, gradient_norm (of the row alone, without dropout).
     Raises UserError when no step was left out, or the run has no such step.
     """
     run = set_up(load_run_config(directory))
@@ -55,7 +55,7 @@ def replay(directory: Path, step: int = 0) -> dict:
             each = np.asarray(_score_rows(run)(state, batch, bank))
             before = int(state["guard"]["skipped"])
         state, metrics = take(state, batch, bank)
-    pairs = examples_of(len(run.blocks), batch_size=batch_size, seed=seed, step=step)
+    pairs = examples_of(run.blocks, batch_size=batch_size, seed=seed, step=step)
     described = [_row(run, pair, rows, place, each[:, place]) for place, pair in enumerate(pairs)]
     described.sort(key=lambda row: -np.inf if None in (row["loss"], row["gradient_norm"]) else -row["loss"])
     found = {
@@ -101,9 +101,12 @@ def _score_rows(run: Run):
 
 
 def _row(run: Run, pair: tuple[int, int], rows: TaggedBatch, place: int, scores: np.ndarray) -> dict:
-    block, epoch = pair
-    documents = run.blocks.documents(block)
+    number, epoch = pair
+    source, block = run.blocks.locate(number)
+    documents = run.blocks.sources[source].documents(block)
+    folders = [str(run.config.data_dir), *(part.data for part in run.config.training.mix)]
     return {
+        **({"data": folders[source]} if run.others else {}),
         "block": block,
         "epoch": epoch,
         "documents": sorted({int(document) for document in documents if document >= 0}),

@@ -107,7 +107,7 @@ def init_tracker(shape: TrackerShape) -> dict:
 
 
 def update_tracker(tracker: dict, batch: TaggedBatch, masked: MaskedBatch, hit: jax.Array, step: jax.Array) -> dict:
-    """Return the tracker after a batch.
+    """Return the tracker after a batch. Rows of corpora that are mixed in count nowhere.
 
     batch: the rows as tagged; masked: the same, as the model was shown them. hit: bool [B, N-1], whether each next token was
     the likeliest. step: int32 [], the number of the step that the batch belongs to.
@@ -115,6 +115,7 @@ def update_tracker(tracker: dict, batch: TaggedBatch, masked: MaskedBatch, hit: 
     counts = tracker["counts"]
     (rounds, slices), bins = counts["hits"].shape, counts["lengths"].shape[1]
     of_rows = _count_rows(batch, masked, place(hit, "batch"), slices, bins)  # whole rows
+    of_rows = [jnp.where(batch.example[:, None] >= 0, counted, 0) for counted in of_rows]
     together = jnp.concatenate([batch.example[:, None], batch.epoch[:, None] % rounds, *of_rows], axis=1)
     together = place(together, None)  # all that devices tell each other, at once
     example, round = together[:, 0], together[:, 1]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rmft_jax.config import Config
+from rmft_jax.data.loader import shares
 from rmft_jax.devices import is_main
 from rmft_jax.files import LineFile, read_lines
 from rmft_jax.training.tracker import slice_names
@@ -58,9 +59,11 @@ class TrackerLog:
     """
 
     def __init__(self, directory: Path, config: Config, blocks: int, begin: int, counts: dict):
-        """begin: the step to go on from; counts: the state's `counts` at that step."""
+        """blocks: of the run's own corpus, which alone is followed. begin: the step to go on from; counts: the state's
+        `counts` at that step."""
         path, self._names, self._begin = directory / "memorization.jsonl", slice_names(config), begin
         self._every, self._batch, self._blocks = config.training.log_every, config.training.batch_size, blocks
+        self._weights = config.training.weights
         self._row, self._follows = config.training.sequence_length, config.tracker.examples
         self._last, self._since = jax.device_get(counts), begin
         self._bins = self._last["lengths"].shape[1]
@@ -98,7 +101,7 @@ class TrackerLog:
 
     def _write(self, step: int, counts: dict) -> None:
         change = {name: counts[name] - self._last[name] for name in ("hits", "targets", "lengths")}  # modulo 2^32
-        first, end = self._since * self._batch, step * self._batch
+        first, end = (shares(self._weights, of_step * self._batch)[0] for of_step in (self._since, step))
         whole = {"examples_memorized": int(counts["whole"]) if self._follows else None}
         records = []
         for epoch in range(first // self._blocks, (end - 1) // self._blocks + 1):
