@@ -315,7 +315,7 @@ class CaptionedSetConfig:
     images, path, limit, side: what `data.captions.load_captions` reads. For each seed the records are shuffled: the first
     train are A, then train B, public the public set, and heldout pairs that no model sees.
     vocab_size, caption_tokens: of the byte-pair encoding, and of the longest caption. encoder: the model.
-    epochs, batch_size, learning_rate (Adam, a linear fall to 0 after a rise over the first twentieth): of training.
+    epochs, batch_size, learning_rate (Adam; a rise over the first twentieth, then half a cosine down to 0): of training.
     score_at: epochs at which all is measured; epochs too, always. neighbours: k. recall_at: what retrieval is measured at.
     together: all models in one batched program, false = one after the other.
     arms: name -> a way to train; the first one is without a defence.

@@ -117,11 +117,10 @@ def _train(settings: CaptionedSetConfig, data: CaptionedImages, seed: int, title
     words = _bags(tokens.ids, tokens.vocab_size, public)
     by_words = [_predict(words, words, records, public, data, settings.neighbours) for records in (a, heldout)]
     for scored in train_dual_encoders(settings, data, tokens, rows, np.full(len(rows), seed), both, title=title):
-        for number, arm in enumerate(arms):
+        last = scored.epoch == settings.epochs
+        for number, arm in enumerate(arms if last else arms[:1]):  # early stopping is that of the first arm
             pair = [(scored.texts[m], scored.images[m]) for m in (2 * number, 2 * number + 1)]
-            found[arm][str(scored.epoch)] = _measure(
-                settings, data, pair, (a, b, public, heldout), by_words, last=scored.epoch == settings.epochs
-            )
+            found[arm][str(scored.epoch)] = _measure(settings, data, pair, (a, b, public, heldout), by_words, last=last)
     return {"arms": found, "records": {"train": n, "public": p, "heldout": len(heldout), "objects": len(data.names)}}
 
 
