@@ -1,8 +1,11 @@
 """Steps that were left out are noted and can be looked at again; checkpoints by the clock, and of other versions."""
 
+import functools
 import json
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import rmft
@@ -102,12 +105,13 @@ def test_checkpoints_of_the_first_schema_are_read_and_of_a_later_one_refused(tin
         (old.run_dir / name).write_text((expected / name).read_text())
     state = Checkpoints.open(expected)[0].restore(4, run.target)
     del state["guard"]["recent"]
+    state = jax.tree_util.tree_map_with_path(functools.partial(side_by_side, config.model), state)
     writer = Checkpoints(old.run_dir / "checkpoints")
     writer.save(state)
     writer.close()
     about = old.run_dir / "checkpoints" / "4" / "about"
     kept = (about / "metadata").read_text()
-    (about / "metadata").write_text(kept.replace('"schema": 2', '"schema": 9').replace('"schema":2', '"schema":9'))
+    (about / "metadata").write_text(kept.replace('"schema": 3', '"schema": 9').replace('"schema":3', '"schema":9'))
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(old))
     code, _, err = rmft("train", path, capsys=capsys)
@@ -119,4 +123,18 @@ def test_checkpoints_of_the_first_schema_are_read_and_of_a_later_one_refused(tin
     train(load_config(path))
     states = [Checkpoints.open(place)[0].restore(8, run.target) for place in (expected, old.run_dir)]
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True))
-    assert module.SCHEMA == 2
+    assert module.SCHEMA == 3
+
+
+def side_by_side(model, path, leaf):
+    """Return a leaf as it lay before schema 3: all queries, keys and values after one another, as gate and up."""
+    names = [getattr(key, "key", "") for key in path]
+    if "qkv" in names:
+        groups = leaf.reshape(*leaf.shape[:-1], model.groups, -1, model.head_dim)
+        parts = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
+    elif "gate_up" in names:
+        pairs = leaf.reshape(*leaf.shape[:-1], math.gcd(model.groups, model.mlp), 2, -1)
+        parts = pairs[..., 0, :], pairs[..., 1, :]
+    else:
+        return leaf
+    return jnp.concatenate([part.reshape(*leaf.shape[:-1], -1) for part in parts], axis=-1)
