@@ -160,18 +160,18 @@ def expected_bytes(config: Config, devices: int) -> dict[str, int]:
       activations, t > 1: a sum after attention and MLP, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053), after
         attention once more where remat full computes it again for what follows; one for the embedding and one for the
         gradient of the output's features: A (4 L + 2) n E w, and of the softmax three numbers a token: 12 A n
-      keys and values, c > 1: gathered forward, and again under remat: A 2 L n c G D w / t
+      keys and values, c > 1: gathered forward, and again backward where the blocks are a loop: A 2 L n c G D w / t
       their gradients, c > 1: summed backward: A 2 L n c G D w / t
     Those are of adamw and lion, which send nothing but a few sums for the norm.
     """
     sizes, model, training = mesh_sizes(config.mesh, devices), config.model, config.training
-    width, times, again = jnp.dtype(DTYPES[training.dtype]).itemsize, training.accumulation, training.remat != "none"
+    width, times = jnp.dtype(DTYPES[training.dtype]).itemsize, training.accumulation
     replica, fsdp, tensor, context = (sizes[name] for name in AXES)
     held, split = _held(config, sizes), fsdp > 1
     tokens = training.batch_size // times // (replica * fsdp) * training.sequence_length // context
     keys = 2 * model.layers * tokens * context * model.groups * model.head_dim // tensor
     over, whole = (replica > 1) + (context > 1), devices > tensor
-    looped = again or model.layers > UNROLL
+    looped = training.remat != "none" or model.layers > UNROLL
     summed = (split + over / fsdp) * held["matrices"] + whole * (held["output"] + held["vectors"])
     sums = (4 + (training.remat == "full" and not model.parallel)) * model.layers + 2
     return {
@@ -179,7 +179,7 @@ def expected_bytes(config: Config, devices: int) -> dict[str, int]:
         "gradients": times * int(summed + over * held["looked up"] / fsdp) * width,
         "features": split * times * 2 * tokens * model.width * width,
         "activations": (tensor > 1) * times * (sums * tokens * model.width * width + 12 * tokens),
-        "keys and values": (context > 1) * times * (1 + again) * keys * width,
+        "keys and values": (context > 1) * times * (1 + looped) * keys * width,
         "their gradients": (context > 1) * times * keys * width,
     }
 
