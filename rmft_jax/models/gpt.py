@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rmft_jax.config import LoraConfig, ModelConfig
@@ -71,7 +72,10 @@ UNROLL = 12
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("product"),  # of _spread_dot, whose inside it does not see
+    ),
 }
 
 
@@ -107,7 +111,9 @@ def _spread_dot(axes: tuple[str, ...], x, kernel, dimensions, **how):
 
     Left to itself XLA gathers it twice in a backward pass that computes the forward one again, on meshes of three axes.
     """
-    return _gathered_dot(axes, x, kernel) if _split() else jax.lax.dot_general(x, kernel, dimensions, **how)
+    if not _split():
+        return jax.lax.dot_general(x, kernel, dimensions, **how)
+    return checkpoint_name(_gathered_dot(axes, x, kernel), "product")
 
 
 def _split() -> bool:
@@ -161,8 +167,8 @@ class Attention(nnx.Module):
         batch, length, _ = x_BTE.shape
         readers = self.heads // self.groups
         heads = self.qkv(x_BTE).reshape(batch, length, self.groups, readers + 2, -1).transpose(0, 2, 3, 1, 4)
-        q = heads[:, :, :readers].reshape(batch, self.heads, length, -1)
-        k, v = heads[:, :, readers], heads[:, :, readers + 1]  # [B, G, T, D]
+        parts = jnp.split(heads, (readers, readers + 1), axis=2)
+        q, k, v = (part.reshape(batch, -1, length, part.shape[-1]) for part in parts)  # [B, H, T, D], twice [B, G, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, angles), self._rotate(k, angles)
@@ -197,7 +203,7 @@ class MLP(nnx.Module):
         if self.activation != "swiglu":
             return self.down(_GELU[self.activation](self.up(x_BTE)))
         pairs = self.gate_up(x_BTE).reshape(*x_BTE.shape[:-1], self.pairs, 2, -1)
-        gate, up = pairs[..., 0, :], pairs[..., 1, :]
+        gate, up = jnp.split(pairs, 2, axis=-2)
         return self.down((jax.nn.silu(gate) * up).reshape(*x_BTE.shape[:-1], -1))
 
 

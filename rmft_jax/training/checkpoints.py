@@ -180,20 +180,33 @@ class Checkpoints:
                 raise self._damaged(step, f"{changed} is not what was saved")
         for item in added:
             state[item] |= {name: _zeros(target[item][name]) for name in added[item]}
-        return state if schema >= _ORDERED else self._in_order(state)
+        return state if schema >= _ORDERED else self._in_order(step, state)
 
-    def _in_order(self, state: dict) -> dict:
-        """Return a state of a schema before _ORDERED with its columns in order, by the config beside it."""
+    def _in_order(self, step: int, state: dict) -> dict:
+        """Return a state of a schema before _ORDERED with its columns in order, by the config beside it.
+
+        Of the two averages that adafactor keeps of a matrix, one is of columns: known by its length, unless that is the
+        other's too. Raises UserError then.
+        """
 
         @functools.cache
-        def orders() -> dict:
-            return column_order(load_config(self.directory.parent / "config.yaml").model)
+        def config():
+            return load_config(self.directory.parent / "config.yaml")
 
         def leaf(path, x):
-            module = tuple(_path(path).split(".")[-3:-1])
-            if module not in (("attention", "qkv"), ("mlp", "gate_up")) or x.shape[-1:] != orders()[module].shape:
+            names = _path(path).split(".")
+            module = tuple(names[-3:-1])
+            if module not in (("attention", "qkv"), ("mlp", "gate_up")) or names[-1] == "lora_a":
                 return x
-            return jax.jit(lambda x: x[..., orders()[module]], out_shardings=getattr(x, "sharding", None))(x)
+            order = column_order(config().model)[module]
+            if x.shape[-1:] != order.shape:
+                return x
+            if {"v_row", "v_col"} & set(names) and len(order) in (config().model.width, config().lora.rank):
+                raise UserError(
+                    f"checkpoint {self.directory / str(step)} is of an earlier schema, and {_path(path)} can be of rows or "
+                    f"of columns, {len(order)} of both: start another run from its parameters (training.init_from)"
+                )
+            return jax.jit(lambda x: x[..., order], out_shardings=getattr(x, "sharding", None))(x)
 
         return jax.tree_util.tree_map_with_path(leaf, state)
 
@@ -320,6 +333,7 @@ def _path(path) -> str:
 def _zeros(target) -> jax.Array:
     """Return zeros of the shape, dtype and sharding of an array or ShapeDtypeStruct."""
     return jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
+
 
 def _fingerprints(state: dict) -> dict[str, list[int]]:
     """Return the fingerprint of each array by its path."""
