@@ -30,6 +30,7 @@ SLOW = [
     "mesh.fsdp=4 mesh.tensor=2 model.positions=learned model.norm=layer model.activation=gelu model.qkv_bias=true",
     "mesh.fsdp=2 mesh.context=2 model.layers=13",
     "mesh.replica=2 mesh.fsdp=4 training.remat=full",
+    "mesh.replica=2 mesh.fsdp=2 mesh.context=2",
     "mesh.replica=2 mesh.tensor=2 mesh.context=2 training.remat=full",
     "mesh.replica=2 mesh.context=2 training.accumulation=2 training.remat=full",
 ]

@@ -155,7 +155,7 @@ def expected_bytes(config: Config, devices: int) -> dict[str, int]:
         blocks without remat are no loop, and XLA then gathers them once for all microbatches
       gradients, r f c > 1: summed over the devices that have other tokens. Of the blocks S L N, of the output V E, of the
         embedding, whose features each device of fsdp has for the rows of all, (S - [f > 1]) V E; each A w / t, with
-        S = [f > 1] + [r > 1] / f + [c > 1] / f
+        S = [f > 1] + [r > 1] / f + [c > 1] / f, but of blocks 1 + [r c > 1] / f where f > 1: there r and c are one sum
       features, f > 1: of the tokens' embeddings, exchanged for rows, and their gradients back: 2 A n E w
       activations, t > 1: a sum after attention and MLP, forward and backward (Shoeybi et al. 2019, arXiv 1909.08053), after
         attention once more where remat full computes it again for what follows; one for the embedding and one for the
@@ -172,7 +172,8 @@ def expected_bytes(config: Config, devices: int) -> dict[str, int]:
     keys = 2 * model.layers * tokens * context * model.groups * model.head_dim // tensor
     over, whole = (replica > 1) + (context > 1), devices > tensor
     looped = training.remat != "none" or model.layers > UNROLL
-    summed = (split + over / fsdp) * held["matrices"] + whole * (held["output"] + held["vectors"])
+    of_blocks = 1 + (over > 0) / fsdp if split else over
+    summed = of_blocks * held["matrices"] + whole * (held["output"] + held["vectors"])
     sums = (4 + (training.remat == "full" and not model.parallel)) * model.layers + 2
     return {
         "weights": split * ((times if looped else 1) * 2 * held["matrices"] + held["output"]) * width,
