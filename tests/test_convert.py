@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import importlib.util
 import json
+import math
 import tracemalloc
 from pathlib import Path
 
@@ -166,13 +167,17 @@ def write_gguf(path, architecture, config, params):
     for number in range(config.layers):
         block = jax.tree.map(lambda p, n=number: np.asarray(p[n]), params["blocks"])
         attention, mlp, at = block["attention"], block["mlp"], f"blk.{number}."
-        cuts = [config.heads * config.head_dim, (config.heads + config.groups) * config.head_dim]
+        readers = config.heads // config.groups  # of each key and value, beside which they lie
         for kind, values in attention["qkv"].items():
-            for name, part, heads in zip("qkv", np.split(values, cuts, -1), (config.heads, config.groups, 0), strict=True):
+            groups = values.reshape(*values.shape[:-1], config.groups, readers + 2, config.head_dim)
+            parts = np.split(groups, [readers, readers + 1], -2)
+            for name, part, heads in zip("qkv", parts, (config.heads, config.groups, 0), strict=True):
+                part = part.reshape(*values.shape[:-1], -1)
                 add(f"{at}attn_{name}.{'weight' if kind == 'kernel' else kind}", part.T, heads)
         for name in ("q_norm", "k_norm") if config.qk_norm else ():
             add(f"{at}attn_{name}.weight", attention[name]["scale"])
-        gate, up = np.split(mlp["gate_up"]["kernel"], 2, -1)
+        pairs = mlp["gate_up"]["kernel"].reshape(config.width, math.gcd(config.groups, config.mlp), 2, -1)
+        gate, up = (pairs[:, :, which].reshape(config.width, -1) for which in (0, 1))
         add(f"{at}attn_norm.weight", block["attention_norm"]["scale"])
         add(f"{at}attn_output.weight", attention["out"]["kernel"].T)
         add(f"{at}ffn_norm.weight", block["mlp_norm"]["scale"])

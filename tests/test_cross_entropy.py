@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 from documents import small_batch
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from rmft_jax.kernels import cross_entropy
 from rmft_jax.models.gpt import init_params
@@ -40,6 +42,30 @@ def test_chunks_change_nothing(chunk, z_loss):
     np.testing.assert_allclose(scores.nll, nll, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(scores.hit, hit)
     np.testing.assert_array_equal(alone.hit, hit)
+    for one, other in zip(gradient, wanted_gradient, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 10])
+def test_a_vocabulary_in_parts_is_the_whole_one(chunk):
+    """Four devices with a quarter of the columns each: the shares add up, and so do the gradients."""
+    hidden, output, targets, weights = drawn(vocabulary=100)
+
+    def ours(hidden, output):
+        share = lambda h, w: jax.tree.map(lambda x: x[None], cross_entropy(h, w, targets, weights, chunk, 1e-2, "d"))  # noqa: E731
+        specs = {"in_specs": (P(), P(None, "d")), "out_specs": P("d"), "check_vma": False}
+        specs["mesh"] = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+        shares, scores = jax.shard_map(share, **specs)(hidden, output)
+        return jnp.sum(shares), scores
+
+    with jax.default_matmul_precision("highest"):
+        (value, scores), gradient = jax.jit(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(hidden, output)
+        expected = lambda h, w: plain(h, w, targets, weights, 1e-2)  # noqa: E731
+        (wanted, (nll, hit)), wanted_gradient = jax.value_and_grad(expected, argnums=(0, 1), has_aux=True)(hidden, output)
+    assert value == pytest.approx(float(wanted), rel=1e-6)
+    for device in range(4):
+        np.testing.assert_allclose(scores.nll[device], nll, rtol=1e-6, atol=1e-6)
+        np.testing.assert_array_equal(scores.hit[device], hit)
     for one, other in zip(gradient, wanted_gradient, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 

@@ -1,18 +1,24 @@
 """Steps that were left out are noted and can be looked at again; checkpoints by the clock, and of other versions."""
 
+import functools
 import json
+import math
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_cli import rmft
 
 from rmft_jax.config import load_config, to_yaml
 from rmft_jax.errors import UserError
+from rmft_jax.models.gpt import init_params
 from rmft_jax.training import checkpoints as module
 from rmft_jax.training import loop
-from rmft_jax.training.checkpoints import Checkpoints
+from rmft_jax.training.checkpoints import Checkpoints, abstract
 from rmft_jax.training.loop import train
+from rmft_jax.training.optimizer import make_optimizer
 from rmft_jax.training.replay import replay
 from rmft_jax.training.setup import set_up
 
@@ -102,21 +108,73 @@ def test_checkpoints_of_the_first_schema_are_read_and_of_a_later_one_refused(tin
         (old.run_dir / name).write_text((expected / name).read_text())
     state = Checkpoints.open(expected)[0].restore(4, run.target)
     del state["guard"]["recent"]
+    state = before(config.model, state)
     writer = Checkpoints(old.run_dir / "checkpoints")
     writer.save(state)
     writer.close()
     about = old.run_dir / "checkpoints" / "4" / "about"
     kept = (about / "metadata").read_text()
-    (about / "metadata").write_text(kept.replace('"schema": 2', '"schema": 9').replace('"schema":2', '"schema":9'))
+    (about / "metadata").write_text(kept.replace('"schema": 3', '"schema": 9').replace('"schema":3', '"schema":9'))
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(old))
     code, _, err = rmft("train", path, capsys=capsys)
     assert code == 2 and "in schema 9" in err and "install that version or a later one" in err
     assert not (old.run_dir / "damaged").exists()
-    import shutil
-
     shutil.rmtree(about)
     train(load_config(path))
     states = [Checkpoints.open(place)[0].restore(8, run.target) for place in (expected, old.run_dir)]
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, states), strict=True))
-    assert module.SCHEMA == 2
+    assert module.SCHEMA == 3
+
+
+def side_by_side(model, path, leaf):
+    """Return a leaf as it lay before schema 3: all queries, keys and values after one another, as gate and up."""
+    names = [getattr(key, "key", "") for key in path]
+    if "qkv" in names:
+        groups = leaf.reshape(*leaf.shape[:-1], model.groups, -1, model.head_dim)
+        parts = groups[..., :-2, :], groups[..., -2, :], groups[..., -1, :]
+    elif "gate_up" in names:
+        pairs = leaf.reshape(*leaf.shape[:-1], math.gcd(model.groups, model.mlp), 2, -1)
+        parts = pairs[..., 0, :], pairs[..., 1, :]
+    else:
+        return leaf
+    return jnp.concatenate([part.reshape(*leaf.shape[:-1], -1) for part in parts], axis=-1)
+
+
+def before(model, tree):
+    return jax.tree_util.tree_map_with_path(functools.partial(side_by_side, model), tree)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+@pytest.mark.parametrize("shape", ["width=128", "width=512 mlp_width=176", "width=384"])
+def test_what_optimizers_keep_of_columns_is_put_in_order(tmp_path, shape, optimizer):
+    """An update of parameters that lie as before, read again, is an update of those in order. Matrices of 384 columns of
+    queries, keys and values have fewer rows, more, and as many."""
+    model = ["layers=2", "heads=4", "kv_heads=1", "head_width=64", "qkv_bias=true", *shape.split()]
+    settings = [*(f"model.{one}" for one in model), f"training.optimizer={optimizer}", f"out={tmp_path}"]
+    config = load_config(None, settings)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    params, gradient = (init_params(config.model, 64, jax.random.key(seed)) for seed in (0, 1))
+    rule = make_optimizer(config.training, 10)
+
+    def updated(params, gradient):
+        state = rule.update(gradient, rule.init(params), params)[1]
+        return {"params": params, "optimizer": state, "step": np.int32(1), "seen": np.int32(8)}
+
+    expected = updated(params, gradient)
+    writer = Checkpoints(tmp_path / "checkpoints")
+    writer.save(updated(before(config.model, params), before(config.model, gradient)))
+    writer.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "about")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = abstract(jax.eval_shape(lambda: expected), jax.tree.map(lambda _: here, expected))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    if shape == "width=384" and optimizer == "adafactor":
+        with pytest.raises(UserError, match=r"qkv.kernel can be of rows or of columns, 384 of both: start another run"):
+            checkpoints.restore(1, target)
+        expected = {"params": params}
+        found = {"params": checkpoints.restore_params(1, target["params"])}
+    else:
+        found = checkpoints.restore(1, target)
+    for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-9, err_msg=jax.tree_util.keystr(path))

@@ -26,9 +26,15 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(
-    hidden: jax.Array, output: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 0, z_loss: float = 0.0
+    hidden: jax.Array,
+    output: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int = 0,
+    z_loss: float = 0.0,
+    axis: str = "",
 ) -> tuple[jax.Array, CrossEntropy]:
     """Return sum_n weights[n] (nll[n] + z_loss log_z[n]^2), float32 [], and the CrossEntropy of each token.
 
@@ -40,32 +46,46 @@ def cross_entropy(
     chunk: tokens whose logits (float32) are in memory at a time, 0 = all. The gradient of each chunk is computed beside its
     loss, while its logits are there: three matrix products in all, as without chunks, none of them twice. That of `output`
     is summed in float32.
+    axis: inside `shard_map`, the mesh axis over whose devices the columns of `output` are split in order, "" = whole. Of the
+    sum each device then returns an equal share, of the gradient of `hidden` the part that its columns make: summed over the
+    axis they are whole. What is sent for it are four numbers a token.
     """
-    return _in_chunks(_loss, None, hidden, output, targets, weights, chunk, z_loss)[0]
+    return _in_chunks(_loss, None, hidden, output, targets, weights, chunk, z_loss, axis)[0]
 
 
-def _forward(hidden, output, targets, weights, chunk, z_loss):
+def _forward(hidden, output, targets, weights, chunk, z_loss, axis):
     start = jnp.zeros(output.shape, jnp.float32)
-    result, of_output, of_hidden = _in_chunks(_loss_and_gradient, start, hidden, output, targets, weights, chunk, z_loss)
+    given = hidden, output, targets, weights, chunk, z_loss, axis
+    result, of_output, of_hidden = _in_chunks(_loss_and_gradient, start, *given)
     at_targets = weights[:, None] * hidden.astype(jnp.float32)
-    of_output = of_output.at[:, targets].add(-at_targets.T)
+    column, here = _own(targets, output, axis)
+    of_output = of_output.at[:, jnp.where(here, column, output.shape[1])].add(-at_targets.T, mode="drop")
     return result, (of_hidden, of_output.astype(output.dtype))
 
 
-def _backward(_chunk, _z_loss, gradients, cotangents):
+def _own(targets, output, axis):
+    """Return the column of `output` that each target has, 0 if it is another device's, and bool [N], whether it is here."""
+    if not axis:
+        return targets, jnp.ones_like(targets, bool)
+    column = targets - jax.lax.axis_index(axis) * output.shape[1]
+    here = (column >= 0) & (column < output.shape[1])
+    return jnp.where(here, column, 0), here
+
+
+def _backward(_chunk, _z_loss, _axis, gradients, cotangents):
     return *((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 cross_entropy.defvjp(_forward, _backward)
 
 
-def _in_chunks(function, carried, hidden, output, targets, weights, chunk, z_loss):
+def _in_chunks(function, carried, hidden, output, targets, weights, chunk, z_loss, axis):
     """Apply `function` to `chunk` tokens at a time; return (loss, CrossEntropy), what is carried and what is stacked."""
     count = hidden.shape[0]
     size = min(chunk or count, count)
     pieces = -(-count // size)
     inputs = hidden, targets, weights.astype(jnp.float32)
-    step = functools.partial(function, output=output, z_loss=z_loss)
+    step = functools.partial(function, output=output, z_loss=z_loss, axis=axis)
     if pieces == 1:
         (total, carried), (scores, stacked) = step((jnp.zeros((), jnp.float32), carried), inputs)
         return (total, scores), carried, stacked
@@ -78,43 +98,51 @@ def _in_chunks(function, carried, hidden, output, targets, weights, chunk, z_los
     return (total, scores), carried, stacked
 
 
-def _loss(sums, inputs, *, output, z_loss):
+def _loss(sums, inputs, *, output, z_loss, axis):
     hidden, targets, weights = inputs
-    highest, _, sums_of_rows, scores = _score(hidden, output, targets)
+    highest, _, sums_of_rows, scores = _score(hidden, output, targets, axis)
     log_z = highest + jnp.log(sums_of_rows)
-    total = sums[0] + jnp.sum(weights * (scores.nll + z_loss * log_z**2))
+    total = sums[0] + _share(jnp.sum(weights * (scores.nll + z_loss * log_z**2)), axis)
     return (total, sums[1]), (scores, None)
 
 
-def _loss_and_gradient(sums, inputs, *, output, z_loss):
+def _share(total, axis):
+    return total / jax.lax.axis_size(axis) if axis else total
+
+
+def _loss_and_gradient(sums, inputs, *, output, z_loss, axis):
     """With p = softmax(logits): d nll / d logits = p - onehot(target), d log_z / d logits = p.
 
     p is never divided out: its row sums go into the thin matrices that it is multiplied with, and the one-hot part, a row of
     `output` for each token, is added by itself. One pass over the logits less for each of the two.
     """
     hidden, targets, weights = inputs
-    highest, exponentials, sums_of_rows, scores = _score(hidden, output, targets)
+    highest, exponentials, sums_of_rows, scores = _score(hidden, output, targets, axis)
     log_z = highest + jnp.log(sums_of_rows)
-    total = sums[0] + jnp.sum(weights * (scores.nll + z_loss * log_z**2))
+    total = sums[0] + _share(jnp.sum(weights * (scores.nll + z_loss * log_z**2)), axis)
     of_row = (weights * (1 + 2 * z_loss * log_z) / sums_of_rows)[:, None]
     exponentials = exponentials.astype(hidden.dtype)
     of_p = of_row * jnp.dot(exponentials, output.T, preferred_element_type=jnp.float32)
-    of_hidden = of_p - weights[:, None] * output.T[targets].astype(jnp.float32)
+    column, here = _own(targets, output, axis)
+    of_hidden = of_p - (weights * here)[:, None] * output.T[column].astype(jnp.float32)
     scaled = (of_row * hidden).astype(hidden.dtype)
     of_output = sums[1] + jnp.dot(scaled.T, exponentials, preferred_element_type=jnp.float32)
     return (total, of_output), (scores, of_hidden.astype(hidden.dtype))
 
 
-def _score(hidden, output, targets):
+def _score(hidden, output, targets, axis):
     """Return the highest logit [N], exp(logits - highest) [N, V], their sums [N], and CrossEntropy."""
+    most, add = (functools.partial(f, axis_name=axis) if axis else lambda x: x for f in (jax.lax.pmax, jax.lax.psum))
     logits = jnp.dot(hidden, output, preferred_element_type=jnp.float32)
-    highest = jnp.max(logits, axis=-1)
+    highest = most(jnp.max(logits, axis=-1))
     exponentials = jnp.exp(logits - highest[:, None])
-    sums = jnp.sum(exponentials, axis=-1)
-    target = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    sums = add(jnp.sum(exponentials, axis=-1))
+    column, here = _own(targets, output, axis)
+    target = add(jnp.where(here, jnp.take_along_axis(logits, column[:, None], axis=-1)[:, 0], 0))
     nll = jnp.log(sums) - (target - highest)
     # argmax(logits) == targets, by maxima: argmax itself takes a twentieth of a train step on CPU
-    before = jnp.max(jnp.where(jnp.arange(logits.shape[-1]) < targets[:, None], logits, -jnp.inf), axis=-1)
+    number = jnp.arange(logits.shape[-1]) + (jax.lax.axis_index(axis) * logits.shape[-1] if axis else 0)
+    before = most(jnp.max(jnp.where(number < targets[:, None], logits, -jnp.inf), axis=-1))
     return highest, exponentials, sums, CrossEntropy(nll, (target >= highest) & (before < target))
 
 

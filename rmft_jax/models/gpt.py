@@ -7,12 +7,15 @@ length, P prompt length.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rmft_jax.config import LoraConfig, ModelConfig
@@ -69,7 +72,10 @@ UNROLL = 12
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("product"),  # of _spread_dot, whose inside it does not see
+    ),
 }
 
 
@@ -95,8 +101,40 @@ class Linear(nnx.Linear):
         return super().__call__(x) + (x @ a) @ (scale * b)
 
 
-def _linear(inputs: int, outputs: int, *, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
-    return Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(deviation), rngs=rngs)
+def _linear(inputs: int, outputs: int, *axes: str, bias: bool, deviation: float, rngs: nnx.Rngs) -> Linear:
+    how = {"use_bias": bias, "kernel_init": nnx.initializers.normal(deviation), "rngs": rngs}
+    return Linear(inputs, outputs, **how, dot_general=functools.partial(_spread_dot, axes))
+
+
+def _spread_dot(axes: tuple[str, ...], x, kernel, dimensions, **how):
+    """Return `lax.dot_general` of features and a matrix with these logical axes, which is gathered where it is read.
+
+    Left to itself XLA gathers it twice in a backward pass that computes the forward one again, on meshes of three axes.
+    """
+    if not _split():
+        return jax.lax.dot_general(x, kernel, dimensions, **how)
+    return checkpoint_name(_gathered_dot(axes, x, kernel), "product")
+
+
+def _split() -> bool:
+    """Return whether mesh.fsdp splits parameters, and `place` rows."""
+    placed = dict(get_logical_axis_rules()).get("batch")
+    return bool(placed) and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gathered_dot(axes, x, kernel):
+    return x @ place(kernel, *(None if axis == "embed" else axis for axis in axes))
+
+
+def _gathered_dot_gradient(axes, saved, gradient):
+    x, kernel = saved
+    whole = place(kernel, *(None if axis == "embed" else axis for axis in axes))
+    of_kernel = jnp.einsum("...i,...o->io", x, gradient)
+    return gradient @ whole.T, place(of_kernel, *axes)
+
+
+_gathered_dot.defvjp(lambda axes, x, kernel: (_gathered_dot(axes, x, kernel), (x, kernel)), _gathered_dot_gradient)
 
 
 def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
@@ -107,23 +145,30 @@ def _norm(config: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention."""
+    """Causal self-attention.
+
+    The columns of qkv lie group by group: H / G queries, the key and the value that these read. So they can be cut between
+    groups, and each device of mesh.tensor has what its own heads need (`column_order`).
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.heads, self.groups, self.rotated, self.qk_norm = config.heads, config.groups, config.rotated, config.qk_norm
         inner = config.heads * config.head_dim
         projected = inner + 2 * config.groups * config.head_dim
-        self.qkv = _linear(config.width, projected, bias=config.qkv_bias, deviation=config.width**-0.5, rngs=rngs)
+        deviation = config.width**-0.5
+        self.qkv = _linear(config.width, projected, "embed", "heads", bias=config.qkv_bias, deviation=deviation, rngs=rngs)
         out_scale = (2 * config.layers * inner) ** -0.5
-        self.out = _linear(inner, config.width, bias=config.out_bias, deviation=out_scale, rngs=rngs)
+        self.out = _linear(inner, config.width, "heads", "embed", bias=config.out_bias, deviation=out_scale, rngs=rngs)
         if config.qk_norm:
             self.q_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
             self.k_norm = nnx.RMSNorm(config.head_dim, epsilon=config.norm_epsilon, rngs=rngs)
 
     def __call__(self, x_BTE, angles, attend):
         batch, length, _ = x_BTE.shape
-        heads = self.qkv(x_BTE).reshape(batch, length, self.heads + 2 * self.groups, -1).swapaxes(1, 2)
-        q, k, v = jnp.split(heads, (self.heads, self.heads + self.groups), axis=1)  # [B, H, T, D], twice [B, G, T, D]
+        readers = self.heads // self.groups
+        heads = self.qkv(x_BTE).reshape(batch, length, self.groups, readers + 2, -1).transpose(0, 2, 3, 1, 4)
+        parts = jnp.split(heads, (readers, readers + 1), axis=2)
+        q, k, v = (part.reshape(batch, -1, length, part.shape[-1]) for part in parts)  # [B, H, T, D], twice [B, G, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = self._rotate(q, angles), self._rotate(k, angles)
@@ -139,21 +184,27 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or two layers with GELU between them (Hendrycks & Gimpel, 1606.08415)."""
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or two layers with GELU between them (Hendrycks & Gimpel, 1606.08415).
+
+    The columns of gate_up are pairs of parts, one of the gate and as much of up, as many as mesh.tensor can have devices.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.activation, more = config.activation, {"bias": config.mlp_bias, "rngs": rngs}
+        self.pairs = mlp_pairs(config)
         if config.gated:
-            self.gate_up = _linear(config.width, 2 * config.mlp, deviation=config.width**-0.5, **more)
+            self.gate_up = _linear(config.width, 2 * config.mlp, "embed", "mlp", deviation=config.width**-0.5, **more)
         else:
-            self.up = _linear(config.width, config.mlp, deviation=config.width**-0.5, **more)
-        self.down = _linear(config.mlp, config.width, deviation=(2 * config.layers * config.mlp) ** -0.5, **more)
+            self.up = _linear(config.width, config.mlp, "embed", "mlp", deviation=config.width**-0.5, **more)
+        deviation = (2 * config.layers * config.mlp) ** -0.5
+        self.down = _linear(config.mlp, config.width, "mlp", "embed", deviation=deviation, **more)
 
     def __call__(self, x_BTE):
         if self.activation != "swiglu":
             return self.down(_GELU[self.activation](self.up(x_BTE)))
-        gate, up = jnp.split(self.gate_up(x_BTE), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        pairs = self.gate_up(x_BTE).reshape(*x_BTE.shape[:-1], self.pairs, 2, -1)
+        gate, up = jnp.split(pairs, 2, axis=-2)
+        return self.down((jax.nn.silu(gate) * up).reshape(*x_BTE.shape[:-1], -1))
 
 
 class Block(nnx.Module):
@@ -177,6 +228,26 @@ class Block(nnx.Module):
         return x_BTE + drop(self.mlp(self.mlp_norm(before if self.parallel else x_BTE)), 1), kept
 
 
+def mlp_pairs(config: ModelConfig) -> int:
+    """Return into how many parts gate and up are cut: any number of devices divides it that divides groups and MLP."""
+    return math.gcd(config.groups, config.mlp)
+
+
+def column_order(config: ModelConfig) -> dict[tuple[str, str], np.ndarray]:
+    """Return which column of several matrices side by side each column of ours is, int [outputs], by our module.
+
+    (attention, qkv): of all queries, then all keys, then all values. (mlp, gate_up), if there is one: of the gate, then up.
+    """
+    heads, groups, features = config.heads, config.groups, config.head_dim
+    number = np.arange((heads + 2 * groups) * features)
+    parts = np.split(number, ((heads * features), (heads + groups) * features))
+    order = {("attention", "qkv"): np.concatenate([part.reshape(groups, -1) for part in parts], axis=1).ravel()}
+    if config.gated:
+        halves = np.arange(2 * config.mlp).reshape(2, mlp_pairs(config), -1)
+        order["mlp", "gate_up"] = halves.swapaxes(0, 1).ravel()
+    return order
+
+
 def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
     """Return float32 parameters: embed [V, E], blocks (each array [L, ...]), final_norm.
 
@@ -185,7 +256,10 @@ def init_params(config: ModelConfig, vocab_size: int, key: jax.Array) -> dict:
     embed_key, block_key = jax.random.split(key)
 
     def one_block(key):
-        return nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(key)), nnx.Param))
+        block = nnx.to_pure_dict(nnx.state(Block(config, nnx.Rngs(key)), nnx.Param))
+        for (part, name), order in column_order(config).items():  # a seed gives the model that it gave before this order
+            block[part][name]["kernel"] = block[part][name]["kernel"][:, order]
+        return block
 
     def table(key, *shape):
         return config.width**-0.5 * jax.random.normal(key, shape)
@@ -268,6 +342,19 @@ def _embed(params: dict, config: ModelConfig, tokens, places):
     return x + params["positions"]["embed"][places] if config.positions == "learned" else x
 
 
+def _spread_embed(params: dict, config: ModelConfig, tokens, segment_ids):
+    """Return `_embed` of rows of packed documents, the table staying where it is.
+
+    Each device of mesh.fsdp looks its own features up for the rows of all, and then they exchange: sent are features of
+    tokens, forward and backward, in the place of the table and its gradient.
+    """
+    places = document_positions(segment_ids)
+    if not _split():
+        return _embed(params, config, tokens, places)
+    tokens, places = (place(x, "copies", "sequence") for x in (tokens, places))
+    return place(place(_embed(params, config, tokens, places), "copies", "sequence", "embed"), "batch", "sequence")
+
+
 def output_matrix(params: dict) -> jax.Array:
     """Return the matrix [E, V] that turns features into logits: that of the output, or the embedding's transpose."""
     return params["output"]["kernel"] if "output" in params else params["embed"].T
@@ -338,7 +425,7 @@ def hidden(
         body = jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False)  # a scan keeps XLA from merging the two passes
     keys = jax.random.split(jax.random.fold_in(key, 0), config.layers) if dropout else None
     is_local = jnp.array(config.local_layers) if config.local_window else None
-    x = _embed(params, config, tokens, document_positions(segment_ids)) if residual is None else residual
+    x = _spread_embed(params, config, tokens, segment_ids) if residual is None else residual
     x = _drop(x, dropout, key, 1)
     layers = params["blocks"], is_local, keys, adapters["blocks"]
     x, _ = jax.lax.scan(body, x, layers, unroll=remat == "none" and config.layers <= UNROLL)

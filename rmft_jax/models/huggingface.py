@@ -21,7 +21,7 @@ import numpy as np
 from rmft_jax.config import ModelConfig, model_rules
 from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_chunks, write_json
-from rmft_jax.models.gpt import init_params
+from rmft_jax.models.gpt import init_params, mlp_pairs
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -259,7 +259,7 @@ def read_model(settings: dict, path: Path, open_tensors: Callable[[Family], Any]
         for number, layer in enumerate(out if place[0].key == "blocks" else [out]):
             for name, part, form in _pieces(family, config, place, layer):
                 theirs = tensors.take(name.format(number), form.theirs(part).shape)
-                part[...] = form.ours(theirs)
+                part[...] = form.ours(theirs, part.shape)
         return jnp.asarray(out)
 
     params = jax.tree_util.tree_map_with_path(read, shapes)
@@ -341,23 +341,27 @@ def _safetensors(tensors: dict[str, tuple[tuple[int, ...], Callable]]) -> Iterat
 
 
 class _Form(NamedTuple):
-    """How a tensor of theirs holds a part of ours. turned: as [out, in]; heads: q, k and v together for each, 0 = not so."""
+    """How a tensor of theirs holds a part of ours, [..., columns] or, of several, [..., groups, some of each, columns].
+
+    turned: as [out, in]; apart: all queries, then all keys, then all values, which we have [..., H, 3, D].
+    """
 
     turned: bool
-    heads: int
+    apart: bool
 
     def theirs(self, part: np.ndarray) -> np.ndarray:
         """Return a part of ours as theirs."""
-        if self.heads:  # [..., 3, H, D] -> [..., H, 3, D]
-            part = part.reshape(*part.shape[:-1], 3, self.heads, -1).swapaxes(-3, -2).reshape(part.shape)
+        if self.apart:
+            part = part.swapaxes(-3, -2)
+        part = part.reshape(*part.shape[:-3], -1) if part.ndim > 2 else part
         return part.T if self.turned else part
 
-    def ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Return a tensor of theirs as ours."""
+    def ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a tensor of theirs as a part of ours of this shape."""
         part = tensor.T if self.turned else tensor
-        if self.heads:
-            part = part.reshape(*part.shape[:-1], self.heads, 3, -1).swapaxes(-3, -2).reshape(part.shape)
-        return part
+        if self.apart:
+            return part.reshape(*shape[:-3], shape[-2], shape[-3], -1).swapaxes(-3, -2)
+        return part.reshape(shape)
 
 
 def _pieces(family: Family, config: ModelConfig, path, layer: np.ndarray) -> Iterator[tuple[str, np.ndarray, _Form]]:
@@ -365,11 +369,15 @@ def _pieces(family: Family, config: ModelConfig, path, layer: np.ndarray) -> Ite
     *module, kind = (key.key for key in path)
     module = ".".join(module) or kind
     names = (family.output,) if module == "output" else family.modules[module]
-    inner, shared = config.heads * config.head_dim, config.groups * config.head_dim
-    cuts = {1: [], 2: [config.mlp], 3: [inner, inner + shared]}[len(names)]
-    heads = config.heads if family.interleaved and module.endswith("qkv") else 0
-    form = _Form(kind == "kernel" and (family.transposed or module == "output"), heads)
-    for name, part in zip(names, np.split(layer, cuts, axis=-1), strict=True):
+    readers = config.heads // config.groups
+    if module.endswith("qkv"):  # models.gpt.column_order
+        layer = layer.reshape(*layer.shape[:-1], config.groups, readers + 2, config.head_dim)
+    elif module.endswith("gate_up"):
+        layer = layer.reshape(*layer.shape[:-1], mlp_pairs(config), 2, -1)
+    cuts = {1: [], 2: [1], 3: [readers, readers + 1]}[len(names)]
+    apart = module.endswith("qkv") and len(names) == 1 and not family.interleaved
+    form = _Form(kind == "kernel" and (family.transposed or module == "output"), apart)
+    for name, part in zip(names, np.split(layer, cuts, axis=-2) if cuts else [layer], strict=True):
         yield f"{name}.{_SUFFIXES[kind]}", part, form
 
 

@@ -24,10 +24,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rmft_jax import __version__
+from rmft_jax.config import load_config
 from rmft_jax.devices import is_main
 from rmft_jax.errors import UserError
 from rmft_jax.files import disk_fault
 from rmft_jax.kernels import fingerprint
+from rmft_jax.models.gpt import column_order
 from rmft_jax.models.lora import merge, with_adapters
 from rmft_jax.paths import is_remote
 from rmft_jax.processes import barrier
@@ -37,8 +39,9 @@ from rmft_jax.progress import say
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
-SCHEMA = 2
+SCHEMA = 3
 _ADDED = {"guard": {"recent": 2}}  # what items of earlier schemas lack, and the schema that has it: read as zeros
+_ORDERED = 3  # the schema since which columns lie as `models.gpt.column_order` has them; before, each matrix after the other
 
 ITEMS = {
     "params": ("params",),
@@ -147,8 +150,9 @@ class Checkpoints:
         """Restore a step onto `target`, a train state of arrays or ShapeDtypeStructs with shardings.
 
         items: which to read, all that the target has unless said; only those keys of the target are used. What checkpoints
-        of earlier schemas lack is zeros. Raises UserError when shapes differ, Newer when it is of a later schema, Damaged
-        when something is missing, cannot be read or is not what was saved.
+        of earlier schemas lack is zeros, and columns that lay otherwise are put in order. Raises UserError when shapes
+        differ, Newer when it is of a later schema, Damaged when something is missing, cannot be read or is not what was
+        saved.
         """
         items = items or [item for item, names in ITEMS.items() if names[0] in target]
         schema = self._schema(step)
@@ -176,7 +180,35 @@ class Checkpoints:
                 raise self._damaged(step, f"{changed} is not what was saved")
         for item in added:
             state[item] |= {name: _zeros(target[item][name]) for name in added[item]}
-        return state
+        return state if schema >= _ORDERED else self._in_order(step, state)
+
+    def _in_order(self, step: int, state: dict) -> dict:
+        """Return a state of a schema before _ORDERED with its columns in order, by the config beside it.
+
+        Of the two averages that adafactor keeps of a matrix, one is of columns: known by its length, unless that is the
+        other's too. Raises UserError then.
+        """
+
+        @functools.cache
+        def config():
+            return load_config(self.directory.parent / "config.yaml")
+
+        def leaf(path, x):
+            names = _path(path).split(".")
+            module = tuple(names[-3:-1])
+            if module not in (("attention", "qkv"), ("mlp", "gate_up")) or names[-1] == "lora_a":
+                return x
+            order = column_order(config().model)[module]
+            if x.shape[-1:] != order.shape:
+                return x
+            if {"v_row", "v_col"} & set(names) and len(order) in (config().model.width, config().lora.rank):
+                raise UserError(
+                    f"checkpoint {self.directory / str(step)} is of an earlier schema, and {_path(path)} can be of rows or "
+                    f"of columns, {len(order)} of both: start another run from its parameters (training.init_from)"
+                )
+            return jax.jit(lambda x: x[..., order], out_shardings=getattr(x, "sharding", None))(x)
+
+        return jax.tree_util.tree_map_with_path(leaf, state)
 
     def _schema(self, step: int) -> int:
         """Return the schema of a checkpoint, 1 of those that do not say."""
@@ -301,6 +333,7 @@ def _path(path) -> str:
 def _zeros(target) -> jax.Array:
     """Return zeros of the shape, dtype and sharding of an array or ShapeDtypeStruct."""
     return jax.jit(lambda: jnp.zeros(target.shape, target.dtype), out_shardings=target.sharding)()
+
 
 def _fingerprints(state: dict) -> dict[str, list[int]]:
     """Return the fingerprint of each array by its path."""

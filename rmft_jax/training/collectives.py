@@ -48,7 +48,7 @@ def _computations(text: str) -> tuple[dict, dict, str]:
             entry = current if header[1] else entry
         elif found := _INSTRUCTION.match(line):
             kind = found["op"].removesuffix("-start")
-            if kind in KINDS:
+            if kind in KINDS and not _alone(found["rest"]):
                 own[current].append((kind, _bytes(kind, found["op"].endswith("-start"), found["type"], found["rest"])))
             elif not found["op"].startswith(KINDS):  # what reduces in a collective is no call
                 trips = _TRIPS.search(line)
@@ -86,6 +86,11 @@ def _bytes(kind: str, starts: bool, type: str, rest: str) -> int:
 def _array_bytes(dtype: str, dimensions: str) -> int:
     bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype)[:2] or 8)
     return -(-math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8)
+
+
+def _alone(rest: str) -> bool:
+    """Return whether the groups are of one device each, which send nothing."""
+    return bool(re.search(r"replica_groups=(?:\[\d+,1\]|\{\{\d+\}[,}])", rest))
 
 
 def _group_size(rest: str) -> int:

@@ -115,24 +115,25 @@ def shown_tokens(params: dict, masked: MaskedBatch) -> tuple[jax.Array, jax.Arra
 def spread_cross_entropy(features, output, targets, weights, config: Config) -> tuple[jax.Array, CrossEntropy]:
     """Return `kernels.cross_entropy` of rows, [B, T], each device taking its own tokens, training.loss_chunk at a time.
 
-    features: [B, T, E]; output: [E, V]; targets, weights: [B, T]. Within `placement` rows and positions stay where they are
-    and the gradient of `output` is summed over the devices once, not once a chunk.
+    features: [B, T, E]; output: [E, V]; targets, weights: [B, T]. Within `placement` rows, positions and vocabulary stay
+    where they are; the gradients of `output` and `features` are summed over the devices once, not once a chunk.
     """
+    rules, sizes = dict(get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
+    axes = (*rules["batch"], rules["sequence"], rules["vocab"]) if rules.get("batch") else ()
+    split = rules["vocab"] if axes and sizes[rules["vocab"]] > 1 else ""
 
     def of_rows(features, output, targets, weights):
         flat = (features.reshape(-1, features.shape[-1]), output, targets.reshape(-1), weights.reshape(-1))
-        total, scores = cross_entropy(*flat, config.training.loss_chunk, config.training.z_loss)
+        total, scores = cross_entropy(*flat, config.training.loss_chunk, config.training.z_loss, split)
         return total[None], jax.tree.map(lambda x: x.reshape(targets.shape), scores)
 
-    rules, sizes = dict(get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
-    rows = (*rules["batch"], rules["sequence"]) if rules.get("batch") else ()
-    if any(sizes[axis] > 1 for axis in rows):  # XLA refuses sums over axes of one device where others are split
+    if any(sizes[axis] > 1 for axis in axes):  # XLA refuses sums over axes of one device where others are split
         tokens = P(rules["batch"], rules["sequence"])
         of_rows = jax.shard_map(
             of_rows,
-            in_specs=(tokens, P(), tokens, tokens),
-            out_specs=(P(rows), tokens),
-            axis_names=set(rows),
+            in_specs=(tokens, P(None, rules["vocab"]), tokens, tokens),
+            out_specs=(P(axes), tokens),
+            axis_names=set(axes),
             check_vma=False,
         )
     totals, scores = of_rows(features, output, targets, weights)

@@ -20,6 +20,7 @@ from rmft_jax.models.gpt import LOGICAL_AXES
 AXES = ("replica", "fsdp", "tensor", "context")
 RULES = {
     "batch": ("replica", "fsdp"),
+    "copies": "replica",
     "sequence": "context",
     "vocab": "tensor",
     "embed": "fsdp",

@@ -20,7 +20,7 @@ from rmft_jax.training.fitting import check_fit
 from rmft_jax.training.memory import Inputs, Memory, abstract_batch, abstract_state, estimate, inputs_of, say_bytes
 from rmft_jax.training.mesh import abstract_mesh, check_mesh, make_mesh, mesh_sizes
 from rmft_jax.training.optimizer import make_optimizer
-from rmft_jax.training.roofline import CHIPS, Chip, expected_bytes, step_time
+from rmft_jax.training.roofline import CHIPS, Chip, expected_bytes, expected_kinds, step_time
 from rmft_jax.training.setup import load_mixture, make_plan
 from rmft_jax.training.step import compile_train_step
 
@@ -181,8 +181,9 @@ def describe(result: dict) -> str:
             lines.append("  (XLA lays buffers out otherwise for other devices; for CPU it computes bfloat16 in float32)")
         for kind, sent in (found["collectives"] or {}).items():
             lines.append(f"  {kind}: {sent['count']:,} of {say_bytes(sent['bytes'])} in all")
+        kinds = ", ".join(f"{kind} {say_bytes(size)}" for kind, size in expected_kinds(found["expected"]).items())
         wanted = say_bytes(sum(found["expected"].values()))
-        lines.append(f"  sent by the sharding rules: {wanted}; compiled in {found['seconds']:.0f} s")
+        lines.append(f"  sent by the sharding rules: {wanted} ({kinds or 'nothing'}); compiled in {found['seconds']:.0f} s")
     if result["fits"]:
         lines.append(f"fits: {say_bytes(memory['total'])} of {say_bytes(result['limit'])}")
     return "\n".join(lines)
