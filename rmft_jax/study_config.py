@@ -165,13 +165,14 @@ class FoldedTextConfig:
     """GPTs trained on folds of the documents of `source` in `rmft study m-score`.
 
     arms: name -> what it changes in the config, the first one without a defence; empty = no such runs.
-    folds, repetitions: K and L; copies of a document share its fold. epochs: passes of each run over its documents.
+    folds, repetitions: K and L; copies of a document share its fold. score_at: after which passes over its documents each
+    run is scored; the last one ends it.
     """
 
     arms: dict[str, dict] = field(default_factory=dict)
     folds: int = 5
     repetitions: int = 2
-    epochs: int = 8
+    score_at: tuple[int, ...] = (2, 4, 8)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,8 @@ def study(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     sets = {"digits": {"limit": 60, "widths": [8], "latent": 2, "folds": 3, "repetitions": 1, "score_at": [1, 2],
                        "batch_size": 16, "samples": 16, "gallery": 2}}  # fmt: skip
-    text = {"folds": 2, "repetitions": 1, "epochs": 2, "arms": {"plain": {}, "rmft": {"masking": {"policy": "keep_first"}}}}
+    arms = {"plain": {}, "rmft": {"masking": {"policy": "keep_first"}}}
+    text = {"folds": 2, "repetitions": 1, "score_at": [1, 2], "arms": arms}
     settings = [f"out={out}", "source.limit=30", "source.max_characters=300", "tokenizer.vocab_size=500", "model.layers=1",
                 "model.width=16", "model.heads=1", "training.batch_size=8", "training.sequence_length=64", "canary.count=2",
                 "canary.repetitions=[1, 4]", "masking.policy=none",
@@ -172,12 +173,12 @@ def test_study_runs_resumes_and_is_shown(study):
     assert sum(path.stat().st_mtime_ns != times[path] for path in times) == 1
     page = render(results)
     assert page.count("data:image/png") == 2 and "plot-canaries" in page and "NaN" not in page
-    assert text_table(results).row_count == 2 + 4 * 5 + 2 * 4 and claims_table(results).row_count == len(results["claims"])
+    assert text_table(results).row_count == 2 + 4 * 5 + 4 * 5 and claims_table(results).row_count == len(results["claims"])
 
 
 def test_text_score_counts_documents_copies_and_values(study):
     _, _, results = study
-    plain, rmft = (results["findings"]["text"][name] for name in ("plain", "rmft"))
+    plain, rmft = (results["findings"]["text"][name]["scores"][-1] for name in ("plain", "rmft"))
     assert plain["tokens_pii"] == rmft["tokens_pii"] and plain["repetitions"].count(4) in (4, 8)
     groups = np.array(plain["group"])[np.array(plain["repetitions"]) == 4]
     assert len(set(groups)) * 4 == len(groups)  # copies are held out together
@@ -196,6 +197,7 @@ def test_text_score_counts_documents_copies_and_values(study):
         ({"sets": {"digits": {"samples": 20}}}, "use a multiple of 16"),
         ({"text": {"arms": {"plain": {"masking": {"policy": "all"}}}}}, "must be the one without a defence"),
         ({"text": {"folds": 1}}, "text: folds are 2 or more"),
+        ({"text": {"score_at": []}}, "text.score_at is .*: give rising"),
     ],
 )
 def test_a_study_is_checked_before_anything_is_trained(tmp_path, more, message):

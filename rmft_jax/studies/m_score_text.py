@@ -61,13 +61,15 @@ def arm_configs(config: Config) -> dict[str, Config]:
         raise UserError(f"{where}.arms: the first one is {method}, it must be the one without a defence")
     if any(arm.lora.rank for arm in arms.values()):
         raise UserError(f"{where} trains whole models: set lora.rank=0")
-    if arms and (text.folds < 2 or text.repetitions < 1 or text.epochs < 1):
-        raise UserError(f"{where}: folds are 2 or more, repetitions and epochs 1 or more")
+    if arms and (text.folds < 2 or text.repetitions < 1):
+        raise UserError(f"{where}: folds are 2 or more, repetitions 1 or more")
+    if arms and (not text.score_at or list(text.score_at) != sorted(set(text.score_at)) or text.score_at[0] < 1):
+        raise UserError(f"{where}.score_at is {list(text.score_at)}: give rising numbers of epochs")
     return arms
 
 
 def train_arm(config: Config, arm: Config, title: str) -> dict:
-    """Train the runs of one arm; return what `text_results` needs, plain lists."""
+    """Train the runs of one arm; return what `text_results` needs of each point in time, plain lists."""
     text = config.study.m_score.text
     arm = dataclasses.replace(arm, data=str(Path(config.out) / "data"))
     prepare(arm)
@@ -79,10 +81,8 @@ def train_arm(config: Config, arm: Config, title: str) -> dict:
     _, of_groups = fold_rows(groups, text.folds, text.repetitions, config.seed)
     left_over = np.ones((len(of_groups), groups - of_groups.shape[1]), bool)  # trained on by all, scored by none
     trained = np.concatenate([of_groups, left_over], axis=1)[:, documents.group]
-    log_probs, hits, parts = _train(arm, prepared, documents, trained, text.epochs, config.seed, title)
-    return _record(documents, trained, log_probs, hits, parts) | {
-        "epochs": text.epochs, "tokens": int(parts[0].sum() + parts[1].sum()),
-    }  # fmt: skip
+    scores = _train(arm, prepared, documents, trained, text.score_at, config.seed, title)
+    return {"scores": [{"epoch": epoch} | _record(documents, trained, *found) for epoch, found in scores.items()]}
 
 
 def read_documents(config: Config, prepared: Prepared) -> Documents:
@@ -101,13 +101,14 @@ def read_documents(config: Config, prepared: Prepared) -> Documents:
 
 
 def _train(
-    config: Config, prepared: Prepared, documents: Documents, trained: np.ndarray, epochs: int, seed: int, title: str
-):
+    config: Config, prepared: Prepared, documents: Documents, trained: np.ndarray, score_at: tuple, seed: int, title: str
+) -> dict[int, tuple]:
     """Train a model on the documents of each row of `trained` [R, documents]; return what each makes of every next token.
 
-    Returns log_probs float32 and hits bool [R, N, W-1], and parts bool [2, N, W-1]: next tokens outside PII, and within.
+    Returns for each epoch of `score_at` log_probs float32 and hits bool [R, N, W-1], and parts bool [2, N, W-1]: next tokens
+    outside PII, and within.
     """
-    size, runs = config.training.batch_size, len(trained)
+    size, runs, epochs = config.training.batch_size, len(trained), score_at[-1]
     mine = [np.flatnonzero(row[documents.document]) for row in trained]
     fewest = min(map(len, mine))
     if fewest < size:
@@ -116,13 +117,10 @@ def _train(
     shape = TrackerShape(2, 3, config.training.sequence_length, 0)
     config = dataclasses.replace(config, tracker=dataclasses.replace(config.tracker, enabled=False))
     group = SideBySide(config, prepared, documents.rows, seeds, {}, shape, steps=epochs * (fewest // size))
-    for epoch in track(range(epochs), title, epochs):
-        # Folds differ in their number of rows: of the longer ones a few, others each time, are left out.
-        shown = [np.random.default_rng([seed, run, epoch]).permutation(rows)[:fewest] for run, rows in enumerate(mine)]
-        order = epoch_orders(np.stack(shown), epoch, seeds, size)
-        group.round(order, np.full_like(order, epoch))
     rows = jax.tree.map(jnp.asarray, documents.rows)
 
+    @jax.jit
+    @jax.vmap
     def score(state):
         def of_row(row):
             scores, targets = score_unmasked(model_of(state), jax.tree.map(lambda x: x[None], row), config)
@@ -130,13 +128,23 @@ def _train(
 
         return jax.lax.map(of_row, rows, batch_size=size)
 
-    log_probs, hits, targets = map(np.asarray, jax.jit(jax.vmap(score))(group.state))
-    is_pii = documents.rows.component[:, 1:] > 0
-    return log_probs, hits & targets, np.stack([targets[0] & ~is_pii, targets[0] & is_pii])
+    is_pii, found = documents.rows.component[:, 1:] > 0, {}
+    for epoch in track(range(epochs), title, epochs):
+        # Folds differ in their number of rows: of the longer ones a few, others each time, are left out.
+        shown = [np.random.default_rng([seed, run, epoch]).permutation(rows)[:fewest] for run, rows in enumerate(mine)]
+        order = epoch_orders(np.stack(shown), epoch, seeds, size)
+        group.round(order, np.full_like(order, epoch))
+        if epoch + 1 in score_at:
+            log_probs, hits, targets = map(np.asarray, score(group.state))
+            found[epoch + 1] = log_probs, hits & targets, np.stack([targets[0] & ~is_pii, targets[0] & is_pii])
+    return found
 
 
 def _record(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, hits: np.ndarray, parts: np.ndarray) -> dict:
-    """Return M of each document, of its text outside PII and of its PII, and what attacks say of it; M of each PII value."""
+    """Return M of each document, of its text outside PII and of its PII, and what attacks say of it; M of each PII value.
+
+    held_out: mean log p a token of the documents under the runs that did not train on them.
+    """
     scored = ~trained.all(0)
     count = len(documents.group)
 
@@ -169,7 +177,10 @@ def _record(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, hi
     keep = lambda x: np.round(np.asarray(x, float)[scored], 4).tolist()  # noqa: E731
     out = {name: keep(value) for name, value in (values | attacks).items()}
     out |= {"tokens_text": keep(tokens[0]), "tokens_pii": keep(tokens[1]), "repetitions": keep(documents.repetitions)}
-    return out | {"group": keep(documents.group), "identities": _identities(documents, trained, log_probs, parts)}
+    held_out = float(((sums[0] + sums[1]) * ~trained).sum() / (tokens.sum(0) * ~trained).sum())
+    return out | {
+        "group": keep(documents.group), "held_out": held_out, "identities": _identities(documents, trained, log_probs, parts)
+    }  # fmt: skip
 
 
 def _identities(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, parts: np.ndarray) -> list[dict]:
@@ -197,24 +208,33 @@ def _identities(documents: Documents, trained: np.ndarray, log_probs: np.ndarray
 
 
 def text_results(arms: dict[str, dict]) -> dict:
-    """Return table, charts and claims of the arms that are done, the first being the one without a defence."""
-    plain = next(iter(arms.values()))
+    """Return table, charts and claims of the arms that are done, the first being the one without a defence.
+
+    Claims are made of the point in time at which the runs without a defence know held-out documents best: later ones learn
+    by heart what they could have understood, earlier ones have not learned yet.
+    """
+    plain = next(iter(arms.values()))["scores"]
+    best = max(range(len(plain)), key=lambda n: plain[n]["held_out"])
     table = {
         "key": "text", "title": "text: memorization score by document folds",
-        "columns": ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text"],
-        "rows": [[name, *_summary(found)] for name, found in arms.items()],
-        "note": f"{len(plain['m']):,} documents; sums over documents by number of tokens, intervals by bootstrap over "
-                "documents. The mean difference is that of log p between runs with and without the document.",
+        "columns": ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text",
+                    "log p held out, nats a token"],
+        "rows": [[f"{name}, epoch {found['epoch']}", *_summary(found), {"mean": found["held_out"], "mean_ci": None}]
+                 for name, arm in arms.items() for found in arm["scores"]],
+        "note": f"{len(plain[0]['m']):,} documents; sums over documents by number of tokens, intervals by bootstrap over "
+                "documents. The mean difference is that of log p between runs with and without the document. Claims are of "
+                f"epoch {plain[best]['epoch']}, where plain runs know held-out documents best.",
     }  # fmt: skip
-    lines = {name: _canary_line(found) for name, found in arms.items() if _canaries(found)}
+    at_best = {name: arm["scores"][best] for name, arm in arms.items()}
+    lines = {name: _canary_line(found) for name, found in at_best.items() if _canaries(found)}
     charts = [] if not lines else [{
-        "key": "canaries", "heading": "M of canaries", "note": "nats, of the address", "x_label": "repetitions",
-        "log_x": True, "lines": lines,
+        "key": "canaries", "heading": "M of canaries", "note": f"nats, of the address, epoch {plain[best]['epoch']}",
+        "x_label": "repetitions", "log_x": True, "lines": lines,
     }]  # fmt: skip
-    claims = _canary_claims(plain)
-    for name, found in list(arms.items())[1:]:
-        claims += _defence_claims(name, found, plain)
-    return {"tables": [table], "charts": charts, "claims": claims + _attack_claims(plain)}
+    claims = _canary_claims(plain[best])
+    for name, found in list(at_best.items())[1:]:
+        claims += _defence_claims(name, found, plain[best])
+    return {"tables": [table], "charts": charts, "claims": claims + _attack_claims(plain[best])}
 
 
 def _canary_claims(plain: dict) -> list[dict]:
