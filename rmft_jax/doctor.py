@@ -28,6 +28,7 @@ EXTRAS = {
     "data": "sources in Parquet and .zst, tables in Parquet (`rmft report --parquet`)",
     "presidio": "person names as a type of personal data",
     "studies": "studies on images",
+    "datasketch": "`dedup.minhash=datasketch`: near-duplicates as published pipelines find them",
     "dp": "DP-SGD",
     "gcs": "data and runs in gs://",
     "s3": "data and runs in s3://",
