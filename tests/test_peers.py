@@ -14,7 +14,8 @@ def peers():
     """Return Peers that watch in vain over two others, none of whom is heard yet."""
     peers = Peers(timeout=1.0)
     peers._count, peers._me = 3, 0
-    peers._seen = {process: ("1 0 0.0 host", time.monotonic()) for process in range(3)}
+    for process in range(3):
+        peers._judge(process, "1 0 0.0 host", time.monotonic())
     return peers
 
 
@@ -25,16 +26,16 @@ def leave(peers, error) -> float:
     return time.monotonic() - begin
 
 
-def hear(peers, *processes) -> None:
-    """Let signs of these processes come from now on."""
+def hear(peers, *processes, signs=40) -> None:
+    """Let so many signs of these processes come from now on."""
 
-    def signs():
-        for _ in range(40):
+    def come():
+        for beat in range(signs):
             time.sleep(0.1)
             for process in processes:
-                peers._seen[process] = ("more", time.monotonic())
+                peers._judge(process, f"{beat + 2} 0 0.0 host", time.monotonic())
 
-    threading.Thread(target=signs, daemon=True).start()
+    threading.Thread(target=come, daemon=True).start()
 
 
 def test_an_error_of_whatever_kind_waits_for_the_signs_of_all(peers):
@@ -44,6 +45,7 @@ def test_an_error_of_whatever_kind_waits_for_the_signs_of_all(peers):
 
 def test_where_one_is_not_heard_it_waits_for_the_watch_to_end_the_process(peers):
     hear(peers, 1)
+    hear(peers, 2, signs=1)  # left before it was gone
     assert leave(peers, ValueError("a barrier of a save that 2 did not come to")) >= 3
 
 

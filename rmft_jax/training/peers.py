@@ -10,6 +10,7 @@ import statistics
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 
 import jax
@@ -69,6 +70,7 @@ class Peers:
         self._ended, self._ending = threading.Event(), threading.Lock()
         self._me, self._count = jax.process_index(), jax.process_count()
         self._seen: dict[int, tuple[str, float]] = {}  # sign of life, and when it last changed
+        self._heard: Counter[int] = Counter()  # signs
         self._behind: dict[int, float] = {}  # since when
         self._hosts: dict[int, str] = {}
         self._work, self._began, self._warned = 0.0, 0.0, 0.0
@@ -90,11 +92,13 @@ class Peers:
         self._ended.set()
 
     def _wait_for_signs(self) -> None:
-        """Return once all others have given a sign from now on, or none of them has been found gone for long."""
-        failed = time.monotonic()
+        """Return once all others have given two signs from now on, or when the thread should have found one gone by far.
+
+        One sign is not enough: a process that is gone may have left one that has not been looked at yet.
+        """
+        failed, heard = time.monotonic(), self._heard.copy()
         while time.monotonic() - failed < 3 * self._timeout:
-            others = [changed for process, (_, changed) in self._seen.copy().items() if process != self._me]
-            if len(others) == self._count - 1 and min(others) > failed:
+            if all(self._heard[process] > heard[process] + 1 for process in range(self._count) if process != self._me):
                 return
             time.sleep(self._timeout / 20)
 
@@ -127,6 +131,7 @@ class Peers:
         before, since = self._seen.get(process, ("", now))
         if sign != before or process not in self._seen:
             self._seen[process] = (sign, now)
+            self._heard[process] += 1
             since = now
         if now - since >= self._timeout:
             self._end(process, f"has given no sign of life for {now - since:.0f} s")
