@@ -122,16 +122,19 @@ def _split() -> bool:
     return bool(placed) and jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) > 1
 
 
+def _gathered(axes, kernel):
+    return place(kernel, *(None if axis == "embed" else axis for axis in axes))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gathered_dot(axes, x, kernel):
-    return x @ place(kernel, *(None if axis == "embed" else axis for axis in axes))
+    return x @ _gathered(axes, kernel)
 
 
 def _gathered_dot_gradient(axes, saved, gradient):
     x, kernel = saved
-    whole = place(kernel, *(None if axis == "embed" else axis for axis in axes))
     of_kernel = jnp.einsum("...i,...o->io", x, gradient)
-    return gradient @ whole.T, place(of_kernel, *axes)
+    return gradient @ _gathered(axes, kernel).T, place(of_kernel, *axes)
 
 
 _gathered_dot.defvjp(lambda axes, x, kernel: (_gathered_dot(axes, x, kernel), (x, kernel)), _gathered_dot_gradient)

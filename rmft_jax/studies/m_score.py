@@ -20,7 +20,7 @@ from rmft_jax.kernels import logmeanexp, m_score
 from rmft_jax.models.vae import KINDS
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.m_score_text import arm_configs, text_results, train_arm
-from rmft_jax.studies.parts import bootstrap, frame, part, rank_correlation, size_interval
+from rmft_jax.studies.parts import bootstrap, check_epochs, frame, part, rank_correlation, size_interval
 from rmft_jax.study_config import FoldedImagesConfig
 from rmft_jax.training.folds import fold_rows, train_folds
 
@@ -71,8 +71,7 @@ def _checked(name: str, settings: FoldedImagesConfig) -> Images:
         raise UserError(f"{where}.model is {settings.model!r}: choose one of {', '.join(KINDS)}")
     if settings.folds < 2 or min(settings.repetitions, settings.batch_size, settings.latent) < 1:
         raise UserError(f"{where}: folds are 2 or more; repetitions, batch_size and latent 1 or more")
-    if not settings.score_at or list(settings.score_at) != sorted(set(settings.score_at)) or settings.score_at[0] < 1:
-        raise UserError(f"{where}.score_at is {list(settings.score_at)}: give rising numbers of epochs")
+    check_epochs(settings.score_at, where)
     if settings.samples < 1 or settings.samples % min(settings.samples, 16):
         raise UserError(f"{where}.samples is {settings.samples}: use a multiple of 16")
     if not settings.learning_rates or min(settings.learning_rates) <= 0:

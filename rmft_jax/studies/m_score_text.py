@@ -23,7 +23,7 @@ from rmft_jax.errors import UserError
 from rmft_jax.kernels import TaggedBatch, m_score, min_k_score
 from rmft_jax.progress import track
 from rmft_jax.studies.claims import claim
-from rmft_jax.studies.parts import bootstrap, rank_correlation, size_interval
+from rmft_jax.studies.parts import bootstrap, check_epochs, rank_correlation, size_interval
 from rmft_jax.study_config import StudyConfig
 from rmft_jax.training.folds import fold_rows
 from rmft_jax.training.members import epoch_orders
@@ -63,8 +63,8 @@ def arm_configs(config: Config) -> dict[str, Config]:
         raise UserError(f"{where} trains whole models: set lora.rank=0")
     if arms and (text.folds < 2 or text.repetitions < 1):
         raise UserError(f"{where}: folds are 2 or more, repetitions 1 or more")
-    if arms and (not text.score_at or list(text.score_at) != sorted(set(text.score_at)) or text.score_at[0] < 1):
-        raise UserError(f"{where}.score_at is {list(text.score_at)}: give rising numbers of epochs")
+    if arms:
+        check_epochs(text.score_at, where)
     return arms
 
 

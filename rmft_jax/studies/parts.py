@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from rmft_jax.config import first_difference, plain
+from rmft_jax.errors import UserError
 from rmft_jax.files import read_json, write_json
 from rmft_jax.progress import say
 from rmft_jax.studies.claims import claim
@@ -33,6 +34,12 @@ def part(path: Path, settings: dict, make: Callable[[], dict], title: str) -> di
     result["seconds"] = round(time.monotonic() - begin, 1)
     write_json(path, {"settings": settings, "result": result})
     return result
+
+
+def check_epochs(score_at: Sequence[int], where: str) -> None:
+    """Raise UserError unless the epochs after which a part is scored rise from 1 or more."""
+    if not score_at or list(score_at) != sorted(set(score_at)) or score_at[0] < 1:
+        raise UserError(f"{where}.score_at is {list(score_at)}: give rising numbers of epochs")
 
 
 def frame(name: str, command: str, seeds: int, done: int, planned: int) -> dict:
