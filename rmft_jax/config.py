@@ -11,6 +11,7 @@ import pkgutil
 import re
 import typing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 import yaml
@@ -405,8 +406,8 @@ class TrainingConfig:
 
     @property
     def own_share(self) -> float:
-        """Return the share of the sequences that are of the run's own data."""
-        return 1 - sum(self.weights)
+        """Return the share of the sequences that are of the run's own data, of the weights as they are written."""
+        return float(1 - sum(Fraction(str(weight)) for weight in self.weights))
 
 
 @dataclass(frozen=True)

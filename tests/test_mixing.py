@@ -302,6 +302,7 @@ def test_bad_mixtures_end_with_one_line(mixed, tiny, general, tmp_path, capsys):
         ([mix(("x", 1))], "training.mix.0.weight is 1.0: set it above 0 and below 1"),
         ([mix(("x", 0))], "training.mix.0.weight is 0.0"),
         ([mix(("x", 0.5), ("y", 0.5))], "add up to 1, which leaves nothing for the run's own data: lower them"),
+        ([mix(*((name, 0.1) for name in "abcdefghij"))], "add up to 1, which leaves nothing"),  # not as floats
         (["training.mix=x"], "must be a list of sections"),
         ([mix(("x", 0.5)), "privacy.noise_multiplier=1"], "privacy .DP-SGD. and training.mix are both set"),
     ):
