@@ -173,7 +173,7 @@ def test_study_runs_resumes_and_is_shown(study):
     assert sum(path.stat().st_mtime_ns != times[path] for path in times) == 1
     page = render(results)
     assert page.count("data:image/png") == 2 and "plot-canaries" in page and "NaN" not in page
-    assert text_table(results).row_count == 2 + 4 * 5 + 4 * 5 and claims_table(results).row_count == len(results["claims"])
+    assert text_table(results).row_count == 2 + 4 * 5 + 4 * 6 and claims_table(results).row_count == len(results["claims"])
 
 
 def test_text_score_counts_documents_copies_and_values(study):
@@ -182,6 +182,9 @@ def test_text_score_counts_documents_copies_and_values(study):
     assert plain["tokens_pii"] == rmft["tokens_pii"] and plain["repetitions"].count(4) in (4, 8)
     groups = np.array(plain["group"])[np.array(plain["repetitions"]) == 4]
     assert len(set(groups)) * 4 == len(groups)  # copies are held out together
+    assert plain["m_among"] == pytest.approx(plain["m_text"], abs=2e-3)  # nothing is masked there
+    assert rmft["m_among"] != pytest.approx(rmft["m_text"], abs=2e-3)
+    assert np.mean(rmft["m_among"]) == pytest.approx(np.mean(rmft["m_text"]), rel=0.5)
     assert plain["identities"] and all(entry["documents"] >= 1 for entry in plain["identities"])
     one = [n for n, times in enumerate(plain["repetitions"]) if times == 1]
     assert one and all(plain["tokens_pii"][n] > 5 for n in one)

@@ -7,7 +7,6 @@ is held out is a document with all its copies.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from rmft_jax.data.blocks import Blocks, Corpus, all_rows
 from rmft_jax.data.prepare import Prepared, load_prepared, prepare
 from rmft_jax.data.tagged_corpus import read_corpus
 from rmft_jax.errors import UserError
-from rmft_jax.kernels import TaggedBatch, m_score, min_k_score
+from rmft_jax.kernels import TEXT, TaggedBatch, m_score, min_k_score
 from rmft_jax.progress import track
 from rmft_jax.studies.claims import claim
 from rmft_jax.studies.parts import bootstrap, check_epochs, rank_correlation, size_interval
@@ -28,7 +27,7 @@ from rmft_jax.study_config import StudyConfig
 from rmft_jax.training.folds import fold_rows
 from rmft_jax.training.members import epoch_orders
 from rmft_jax.training.side_by_side import SideBySide
-from rmft_jax.training.step import model_of, score_unmasked
+from rmft_jax.training.step import masked_rows, model_of, score_masked, score_unmasked
 from rmft_jax.training.tracker import TrackerShape
 
 EXPECTED = "expected at this scale"
@@ -37,6 +36,21 @@ ATTACKS = {
     "min_k": "the min-k% attack",
     "hits": "the share of PII tokens that greedy decoding gets right",
 }
+
+
+class Scores(NamedTuple):
+    """What R runs make of the next tokens of N rows. log_probs: float32 [R, N, W-1]; hits: bool [R, N, W-1], whether the
+    token is the likeliest one; parts: bool [2, N, W-1], tokens outside PII, and within.
+
+    among: float32 [R, N], the sum of log p over the tokens outside PII where rows are masked as each run's next epoch would
+    show them; among_tokens: int32 [R, N], how many they are: surrogates can push some out of a row.
+    """
+
+    log_probs: np.ndarray
+    hits: np.ndarray
+    parts: np.ndarray
+    among: np.ndarray
+    among_tokens: np.ndarray
 
 
 class Documents(NamedTuple):
@@ -82,7 +96,7 @@ def train_arm(config: Config, arm: Config, title: str) -> dict:
     left_over = np.ones((len(of_groups), groups - of_groups.shape[1]), bool)  # trained on by all, scored by none
     trained = np.concatenate([of_groups, left_over], axis=1)[:, documents.group]
     scores = _train(arm, prepared, documents, trained, text.score_at, config.seed, title)
-    return {"scores": [{"epoch": epoch} | _record(documents, trained, *found) for epoch, found in scores.items()]}
+    return {"scores": [{"epoch": epoch} | _record(documents, trained, found) for epoch, found in scores.items()]}
 
 
 def read_documents(config: Config, prepared: Prepared) -> Documents:
@@ -102,12 +116,8 @@ def read_documents(config: Config, prepared: Prepared) -> Documents:
 
 def _train(
     config: Config, prepared: Prepared, documents: Documents, trained: np.ndarray, score_at: tuple, seed: int, title: str
-) -> dict[int, tuple]:
-    """Train a model on the documents of each row of `trained` [R, documents]; return what each makes of every next token.
-
-    Returns for each epoch of `score_at` log_probs float32 and hits bool [R, N, W-1], and parts bool [2, N, W-1]: next tokens
-    outside PII, and within.
-    """
+) -> dict[int, Scores]:
+    """Train a model on the documents of each row of `trained` [R, documents]; return the Scores at each of `score_at`."""
     size, runs, epochs = config.training.batch_size, len(trained), score_at[-1]
     mine = [np.flatnonzero(row[documents.document]) for row in trained]
     fewest = min(map(len, mine))
@@ -121,12 +131,17 @@ def _train(
 
     @jax.jit
     @jax.vmap
-    def score(state):
-        def of_row(row):
-            scores, targets = score_unmasked(model_of(state), jax.tree.map(lambda x: x[None], row), config)
-            return -scores.nll[0], scores.hit[0], targets[0]
+    def score(state, seed):
+        params, following = model_of(state), rows._replace(epoch=jnp.full_like(rows.epoch, epochs))
+        masked = masked_rows(state["step"], following, prepared.bank, config=config, seed=seed)
 
-        return jax.lax.map(of_row, rows, batch_size=size)
+        def of_row(both):
+            row, shown = jax.tree.map(lambda x: x[None], both)
+            (scores, targets), (around, text) = score_unmasked(params, row, config), score_masked(params, shown, config)
+            text &= shown.origin[:, 1:] == TEXT
+            return -scores.nll[0], scores.hit[0], targets[0], -jnp.sum(around.nll * text), jnp.sum(text)
+
+        return jax.lax.map(of_row, (rows, masked), batch_size=size)
 
     is_pii, found = documents.rows.component[:, 1:] > 0, {}
     for epoch in track(range(epochs), title, epochs):
@@ -135,16 +150,19 @@ def _train(
         order = epoch_orders(np.stack(shown), epoch, seeds, size)
         group.round(order, np.full_like(order, epoch))
         if epoch + 1 in score_at:
-            log_probs, hits, targets = map(np.asarray, score(group.state))
-            found[epoch + 1] = log_probs, hits & targets, np.stack([targets[0] & ~is_pii, targets[0] & is_pii])
+            log_probs, hits, targets, among, tokens = map(np.asarray, score(group.state, seeds))
+            parts = np.stack([targets[0] & ~is_pii, targets[0] & is_pii])
+            found[epoch + 1] = Scores(log_probs, hits & targets, parts, among, tokens)
     return found
 
 
-def _record(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, hits: np.ndarray, parts: np.ndarray) -> dict:
+def _record(documents: Documents, trained: np.ndarray, found: Scores) -> dict:
     """Return M of each document, of its text outside PII and of its PII, and what attacks say of it; M of each PII value.
 
+    among: M of the text outside PII where the PII is masked as in training.
     held_out: mean log p a token of the documents under the runs that did not train on them.
     """
+    log_probs, hits, parts = found.log_probs, found.hits, found.parts
     scored = ~trained.all(0)
     count = len(documents.group)
 
@@ -163,7 +181,8 @@ def _record(documents: Documents, trained: np.ndarray, log_probs: np.ndarray, hi
     sums = [per_document(np.where(part, log_probs, 0).sum(-1)) for part in parts]
     tokens = per_document(parts.sum(-1))
     values = {"m": score(sums[0] + sums[1])}
-    for name, of_part in zip(("text", "pii"), sums, strict=True):
+    among = per_document(found.among) * tokens[0] / np.maximum(per_document(found.among_tokens), 1)
+    for name, of_part in zip(("text", "pii", "among"), (*sums, among), strict=True):
         values |= {f"m_{name}": score(of_part), f"gap_{name}": gap(of_part)}
     every = parts.any(0)
     flat = jnp.where(every, log_probs, 0)
@@ -217,8 +236,8 @@ def text_results(arms: dict[str, dict]) -> dict:
     best = max(range(len(plain)), key=lambda n: plain[n]["held_out"])
     table = {
         "key": "text", "title": "text: memorization score by document folds",
-        "columns": ["M of PII, nats a token", "M of other text", "mean difference, PII", "mean difference, other text",
-                    "log p held out, nats a token"],
+        "columns": ["M of PII, nats a token", "M of other text", "M of other text, PII masked as in training",
+                    "mean difference, PII", "mean difference, other text", "log p held out, nats a token"],
         "rows": [[f"{name}, epoch {found['epoch']}", *_summary(found), {"mean": found["held_out"], "mean_ci": None}]
                  for name, arm in arms.items() for found in arm["scores"]],
         "note": f"{len(plain[0]['m']):,} documents; sums over documents by number of tokens, intervals by bootstrap over "
@@ -250,12 +269,16 @@ def _defence_claims(name: str, found: dict, plain: dict) -> list[dict]:
     """Return how M changes under a defence, in nats a token for PII, as a share for other text."""
     pii = lambda pick: _per_token(found, "pii", pick) - _per_token(plain, "pii", pick)  # noqa: E731
     text = lambda pick: _per_token(found, "text", pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
+    among = lambda pick: _per_token(found, "among", pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
     count = len(plain["m"])
     return [
         claim(f"text-{name}-pii", EXPECTED, f"text: {name} changes M of PII by (nats a token)", 0, *bootstrap(pii, count),
               at_most=0),
         claim(f"text-{name}-text", EXPECTED, f"text: {name} changes M of other text by a share of at most", 0.1,
               *size_interval(*bootstrap(text, count)), at_most=0.1),
+        claim(f"text-{name}-among", EXPECTED,
+              f"text: {name} changes M of other text, with PII masked as in training, by a share of at most", 0.1,
+              *size_interval(*bootstrap(among, count)), at_most=0.1),
     ]  # fmt: skip
 
 
@@ -293,12 +316,13 @@ def _canaries(found: dict) -> list[tuple[float, float]]:
 
 
 def _per_token(found: dict, part: str, pick: np.ndarray, value: str = "m") -> float:
-    return float(np.array(found[f"{value}_{part}"])[pick].sum() / np.array(found[f"tokens_{part}"])[pick].sum())
+    tokens = found["tokens_pii" if part == "pii" else "tokens_text"]
+    return float(np.array(found[f"{value}_{part}"])[pick].sum() / np.array(tokens)[pick].sum())
 
 
 def _summary(found: dict) -> list[dict]:
     out = []
-    for value, part in itertools.product(("m", "gap"), ("pii", "text")):
+    for value, part in (("m", "pii"), ("m", "text"), ("m", "among"), ("gap", "pii"), ("gap", "text")):
         of = lambda pick, value=value, part=part: _per_token(found, part, pick, value)  # noqa: E731
         out.append(dict(zip(("mean", "mean_ci"), bootstrap(of, len(found["m"])), strict=True)))
     return out

@@ -247,9 +247,14 @@ def score_unmasked(params: dict, batch: TaggedBatch, config: Config) -> tuple[Cr
     rows = MaskedBatch(batch.tokens, batch.segment_ids, nothing, nothing, nothing, nothing)
     if config.training.objective == "masked":
         rows = ask(rows, config, jax.random.key(_ASK))
+    return score_masked(params, rows, config)
+
+
+def score_masked(params: dict, rows: MaskedBatch, config: Config) -> tuple[CrossEntropy, jax.Array]:
+    """Return the CrossEntropy of each next token of the rows as a model is shown them, [B, N-1], and which are targets."""
     targets = asked_targets(rows)
     params = jax.tree.map(lambda x: x.astype(DTYPES[config.training.dtype]), params)
     shown = shown_tokens(params, rows)
     features = hidden(params, config.model, *shown, fused=fused_name(config), causal=rows.asked is None)
-    _, scores = spread_cross_entropy(features, output_matrix(params), batch.tokens[:, 1:], targets, config)
+    _, scores = spread_cross_entropy(features, output_matrix(params), rows.tokens[:, 1:], targets, config)
     return scores, targets
