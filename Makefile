@@ -9,9 +9,8 @@ WORKERS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/rmft demo --out runs/demo
 
-# Tests compile more than they compute: optimised less they take a quarter less time. `pytest` alone compiles as for users.
 test: $(INSTALLED) lint
-	XLA_FLAGS="--xla_backend_optimization_level=1 $(XLA_FLAGS)" $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED) types
 	$(BIN)/python -m pytest -m slow
