@@ -268,17 +268,20 @@ def _canary_claims(plain: dict) -> list[dict]:
 def _defence_claims(name: str, found: dict, plain: dict) -> list[dict]:
     """Return how M changes under a defence, in nats a token for PII, as a share for other text."""
     pii = lambda pick: _per_token(found, "pii", pick) - _per_token(plain, "pii", pick)  # noqa: E731
-    text = lambda pick: _per_token(found, "text", pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
-    among = lambda pick: _per_token(found, "among", pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
     count = len(plain["m"])
+
+    def other(part: str):  # as it stands, or among PII masked as in training
+        change = lambda pick: _per_token(found, part, pick) / _per_token(plain, "text", pick) - 1  # noqa: E731
+        return size_interval(*bootstrap(change, count))
+
     return [
         claim(f"text-{name}-pii", EXPECTED, f"text: {name} changes M of PII by (nats a token)", 0, *bootstrap(pii, count),
               at_most=0),
         claim(f"text-{name}-text", EXPECTED, f"text: {name} changes M of other text by a share of at most", 0.1,
-              *size_interval(*bootstrap(text, count)), at_most=0.1),
+              *other("text"), at_most=0.1),
         claim(f"text-{name}-among", EXPECTED,
               f"text: {name} changes M of other text, with PII masked as in training, by a share of at most", 0.1,
-              *size_interval(*bootstrap(among, count)), at_most=0.1),
+              *other("among"), at_most=0.1),
     ]  # fmt: skip
 
 
